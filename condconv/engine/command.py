@@ -1,0 +1,67 @@
+"""How every command runs: flags first, then the heavy imports, in silence; errors in one line."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+from absl import app, flags
+
+from condconv.engine.errors import RunError, UsageError
+
+
+def run(main: Callable[[list[str]], int | None], arguments: str = "") -> None:
+    """Parses the flags, runs ``main`` on what is left of the command line, and exits.
+
+    Args:
+        main: the command; gets the arguments that are no flags.
+        arguments: what these are called; empty if there are none.
+
+    Exit codes: 0 done (or what ``main`` returns); 1 a failed run; 2 a call that cannot work.
+    """
+    app.define_help_flags()
+    try:
+        _, *rest = flags.FLAGS(sys.argv)
+    except SystemExit:  # absl answers --help itself, and calls that a failure
+        sys.exit(0)
+    except flags.Error as error:
+        sys.exit(_fail(error, 2))
+    try:
+        if rest and not arguments:
+            raise UsageError(f"takes flags only, not {rest[0]!r}; see --help")
+        with _quiet_tensorflow():
+            import tensorflow  # noqa: F401
+        sys.exit(main(rest) or 0)
+    except UsageError as error:
+        sys.exit(_fail(error, 2))
+    except RunError as error:
+        sys.exit(_fail(error, 1))
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _quiet_tensorflow() -> Iterator[None]:
+    """Keeps TensorFlow's greeting off the screen; shows it after all if loading fails.
+
+    Its first lines come before any log level is read, so only the file descriptor can be held.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    screen = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(screen, 2)
+            held.seek(0)
+            sys.stderr.write(held.read().decode(errors="replace"))
+            raise
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)

@@ -1,0 +1,297 @@
+"""The only gin plumbing: strict parsing, saving, comparing, and errors that name the cure.
+
+gin lets a mistyped macro or scope, a binding that nobody uses and a value of the wrong type pass
+in silence. Here each is an error, before anything is built.
+"""
+
+import contextlib
+import difflib
+import inspect
+import logging
+import pathlib
+import re
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from importlib import util as importlib_util
+from typing import Any
+
+import gin
+import typeguard
+from etils import epath
+
+from condconv.engine import files
+from condconv.engine.errors import UsageError
+from condconv.engine.experiment import Experiment
+
+assert importlib_util  # noqa: S101  gin looks for it where only an import of its own would put it
+
+_ROOT = "condconv.engine.experiment.Experiment"
+_CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+Bindings = dict[str, str]
+
+
+def load(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Experiment:
+    """Parses config files and single bindings, later ones winning, into an experiment.
+
+    Raises:
+        UsageError: if a file is missing, or anything in it is unknown, unused or of a wrong type.
+    """
+    parse(gin_files, bindings)
+    try:
+        return gin.get_configurable(Experiment)()
+    except UsageError as error:
+        raise UsageError(str(error).split("\n")[0]) from error  # gin adds where it came from
+    except TypeError as error:
+        missing = re.findall(r"'(\w+)'", str(error).split("\n")[0])
+        raise UsageError(
+            f"the config leaves out what an experiment needs: "
+            f"{', '.join(f'Experiment.{name}' for name in missing)}"
+        ) from error
+
+
+def load_run(workdir: epath.Path, bindings: Sequence[str] = ()) -> Experiment:
+    """Returns the experiment of a run from its own ``config.gin``. Raises as ``load`` does."""
+    path = workdir / "config.gin"
+    if not path.exists():
+        raise UsageError(f"{workdir} is not the folder of a run: it has no config.gin")
+    return load([str(path)], bindings)
+
+
+def parse(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> None:
+    """Makes gin hold these files and bindings, and nothing else. Raises as ``load`` does."""
+    _forget()
+    paths = [_find(file) for file in gin_files]
+    with _without_gin_noise():
+        for path in paths:
+            _parse(lambda path=path: gin.parse_config_file(str(path)), str(path))
+        for binding in bindings:
+            _parse(lambda binding=binding: gin.parse_config(binding), f"--gin_param={binding}")
+    _check_macros_are_bound()
+    bound = _reachable_bindings()
+    for (scope, selector), parameters in bound.items():
+        for name, value in parameters.items():
+            _check_type(scope, selector, name, value)
+    _check_all_are_used(bound)
+
+
+def save(directory: epath.Path) -> None:
+    """Writes ``config.gin``, all bindings in force, which parses to the same experiment again."""
+    files.write_text(directory / "config.gin", gin.config_str())
+
+
+def save_operative(directory: epath.Path) -> None:
+    """Writes ``operative_config.gin``, all values used, with defaults."""
+    files.write_text(directory / "operative_config.gin", gin.operative_config_str())
+
+
+def differences(text: str) -> list[str]:
+    """Returns what another config binds differently from the one in force, a line each."""
+    theirs, ours = _statements(text), _statements(gin.config_str())
+    return [
+        f"{key}: {theirs.get(key, 'not bound')} there, {ours.get(key, 'not bound')} here"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key)
+    ]
+
+
+class _AsText(gin.config_parser.ParserDelegate):
+    """Reads references as the text they are, so that configs compare without being run."""
+
+    def configurable_reference(self, name: str, evaluate: bool) -> str:
+        return f"@{name}{'()' if evaluate else ''}"
+
+    def macro(self, name: str) -> str:
+        return f"%{name}"
+
+
+def _statements(text: str) -> Bindings:
+    statements = gin.config_parser.ConfigParser(text, _AsText())
+    return {
+        "/".join(filter(None, (s.scope, ".".join(filter(None, (s.selector, s.arg_name)))))): str(
+            s.value
+        )
+        for s in statements
+        if isinstance(s, gin.config_parser.BindingStatement)
+    }
+
+
+def _forget() -> None:
+    with gin.unlock_config():
+        gin.clear_config()
+
+
+def _find(file: str) -> epath.Path:
+    path = epath.Path(file)
+    if not path.exists():
+        siblings = [p.name for p in path.parent.glob("*.gin")] if path.parent.exists() else []
+        raise UsageError(f"there is no config file {file!r}{_did_you_mean(path.name, siblings)}")
+    gin.add_config_file_search_path(str(path.parent))
+    gin.add_config_file_search_path(str(_CONFIGS))
+    gin.config.register_file_reader(
+        lambda name: epath.Path(name).open(), lambda name: epath.Path(name).is_file()
+    )
+    return path
+
+
+@contextlib.contextmanager
+def _without_gin_noise() -> Iterator[None]:
+    """Holds back what gin logs: an error for each place without an included file."""
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _parse(parse_it: Any, source: str) -> None:
+    """Turns what gin raises, a message and the place behind it, into one line."""
+    try:
+        parse_it()
+    except (ValueError, TypeError, AttributeError, SyntaxError, OSError, ImportError) as error:
+        message, *places = [line.strip() for line in str(error).split("\n") if line.strip()]
+        if isinstance(error, SyntaxError):
+            message = f"not a binding of the form name.parameter = value ({error.msg})"
+            places = [f"line {error.lineno}"] if error.lineno else []
+        line = next((m[0] for p in places if (m := re.search(r"line \d+", p))), "")
+        where = f"{source}, {line}" if line else source
+        raise UsageError(f"{where}: {_explain(message)}") from error
+
+
+def _explain(message: str) -> str:
+    if match := re.search(r"No configurable matching.*?'(.*?)'", message):
+        name = match[1].lstrip("@").rsplit("/", 1)[-1]
+        known = _known()
+        names = [name for group in known.values() for name in group]
+        groups = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in known.items())
+        return f"unknown name {name!r}{_did_you_mean(name, names)} (known are {groups})"
+    pattern = r"'(?:\S*\.)?(\w+)' (?:doesn't have a parameter named|has denylisted kwarg) '(\w+)'"
+    if match := re.search(pattern, message):
+        name, parameter = match.groups()
+        selector = next(s for s in _registered() if s.split(".")[-1] == name)
+        parameters = list(_signature(selector))
+        if parameter in parameters:
+            return f"{name}.{parameter} is set by the run itself: remove the binding"
+        hint = _did_you_mean(parameter, parameters)
+        return f"{name} has no parameter {parameter!r}{hint} (known are {', '.join(parameters)})"
+    return message.rstrip(".")
+
+
+def _registered() -> list[str]:
+    """Returns the full names of all that gin knows; it has no public list of them."""
+    return [selector for selector, _ in gin.config._REGISTRY.items()]
+
+
+def _known() -> dict[str, list[str]]:
+    """Returns the short names that a config may use, by kind."""
+    kinds = {"models.": "models", "data.": "data", "condconv.engine.": "training"}
+    known: dict[str, list[str]] = {}
+    for selector in sorted(_registered()):
+        for prefix, kind in kinds.items():
+            if selector.startswith(prefix):
+                known.setdefault(kind, []).append(selector.split(".")[-1])
+    return known
+
+
+def _did_you_mean(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check_macros_are_bound() -> None:
+    for (scope, selector), parameters in gin.config._CONFIG.items():
+        for name, value in parameters.items():
+            for reference in gin.config.iterate_references(value):
+                macro = (reference.scopes[-1:] or [""])[0]
+                if _is_macro(reference.configurable.selector) and not _macro_value(macro):
+                    user = _display(scope, selector, name)
+                    known = [s for s, kind in gin.config._CONFIG if _is_macro(kind)]
+                    hint = _did_you_mean(macro, known)
+                    raise UsageError(f"{user} refers to %{macro}, which nothing binds{hint}")
+
+
+def _is_macro(selector: str) -> bool:
+    return selector == "gin.macro"
+
+
+def _macro_value(name: str) -> dict[str, Any]:
+    return gin.config._CONFIG.get((name, "gin.macro"), {})
+
+
+def _reachable_bindings() -> dict[tuple[str, str], dict[str, Any]]:
+    """Returns the bindings that the experiment uses, found by following references from it."""
+    config, found, todo = gin.config._CONFIG, {}, [([], _ROOT)]
+    while todo:
+        scopes, selector = todo.pop()
+        for depth in range(len(scopes) + 1):
+            key = ("/".join(scopes[:depth]), selector)
+            if key not in config or key in found:
+                continue
+            found[key] = config[key]
+            for reference in gin.config.iterate_references(config[key]):
+                todo.append((list(reference.scopes), reference.configurable.selector))
+    return found
+
+
+def _check_all_are_used(bound: dict[tuple[str, str], dict[str, Any]]) -> None:
+    unused = [key for key in gin.config._CONFIG if key not in bound]
+    if not unused:
+        return
+    scope, selector = unused[0]
+    name = next(iter(gin.config._CONFIG[unused[0]]), "")
+    scopes = [s for s, kind in bound if s and kind == selector]
+    more = f" (nor {len(unused) - 1} more)" if len(unused) > 1 else ""
+    hint = _did_you_mean(scope, scopes) if scope else ""
+    raise UsageError(
+        f"nothing uses {_display(scope, selector, name)}{more}: remove the binding{hint}"
+    )
+
+
+def _check_type(scope: str, selector: str, name: str, value: Any) -> None:
+    if _is_macro(selector):
+        return  # checked where it is used
+    hint = _hints(selector).get(name)
+    value = _resolved(value)
+    if hint is None:
+        return
+    try:
+        typeguard.check_type(value, hint)
+    except typeguard.TypeCheckError:
+        factory = typing.get_origin(hint) is Callable
+        allowed = "a factory, written @name without ()" if factory else _readable(hint)
+        got = value if factory else f"{value!r}, of type {type(value).__name__}"
+        name = _display(scope, selector, name)
+        raise UsageError(f"{name} takes {allowed}, not {got}") from None
+
+
+def _readable(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _resolved(value: Any) -> Any:
+    """Returns what a bound value will be: a macro's value, a factory, or the literal itself."""
+    if not isinstance(value, gin.config.ConfigurableReference):
+        return value
+    if _is_macro(value.configurable.selector):
+        return _resolved(_macro_value(value.scopes[-1])["value"])
+    return value if value.evaluate else value.configurable.wrapped
+
+
+def _wrapped(selector: str) -> Any:
+    return gin.config._REGISTRY[selector].wrapped
+
+
+def _signature(selector: str) -> Any:
+    return inspect.signature(_wrapped(selector)).parameters
+
+
+def _hints(selector: str) -> dict[str, Any]:
+    return typing.get_type_hints(
+        function.__init__ if inspect.isclass(function := _wrapped(selector)) else function
+    )
+
+
+def _display(scope: str, selector: str, name: str) -> str:
+    if _is_macro(selector):
+        return f"%{scope}"
+    return f"{scope + '/' if scope else ''}{selector.split('.')[-1]}.{name}"

@@ -1,0 +1,160 @@
+"""The one thing that a config describes: an experiment, as a frozen record of factories."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import gin
+import keras
+
+from condconv.engine import devices
+from condconv.engine.errors import UsageError
+from condconv.engine.optimization import Clock, Duration, check_duration
+
+PRECISIONS = ("float32", "mixed_bfloat16")
+
+
+class Data(Protocol):
+    """What the engine needs of a data set; ``data.pipeline.Pipeline`` is one."""
+
+    name: str
+    num_classes: int
+
+    def num_examples(self, split: str) -> int:
+        """Returns how many examples ``split`` has."""
+
+    def train_batches(
+        self, split: str, *, batch_size: int, seed: int, start: int, shard: int, num_shards: int
+    ) -> Any:
+        """Returns a ``tf.data.Dataset`` without end of {"image", "label"}.
+
+        Args:
+            split: to read.
+            batch_size: examples in a batch of this shard.
+            seed: of the order and of the augmentation.
+            start: steps to skip.
+            shard: which part of each global batch.
+            num_shards: parts of a global batch.
+        """
+
+    def eval_batches(self, split: str, *, batch_size: int) -> Any:
+        """Returns a ``tf.data.Dataset`` of {"image", "label", "index"}, each example once.
+
+        The last batch is filled up with examples of index -1.
+        """
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that decides the outcome of a run.
+
+    Durations are text: "90 epochs", "500 steps", "1e6 examples", "5 percent".
+
+    Attributes:
+        model: factory of the network, called with ``num_classes``.
+        data: factory of the data.
+        optimizer: factory of the optimizer, called with ``learning_rate``.
+        schedule: factory of the learning rate by step, called with ``clock``.
+        duration: of the training.
+        batch_size: examples in a step, over all replicas.
+        eval_batch_size: examples in a batch of evaluation; as in training if None.
+        label_smoothing: share of each label spread over all classes.
+        weight_decay: factor of ½·‖w‖², added to the loss for every trainable variable that is
+            not of a batch normalisation (official rule).
+        ema_decay: of the average of weights and batch-norm statistics; 0 for none.
+        precision: "float32" or "mixed_bfloat16".
+        seed: of initial weights, order, augmentation and dropout.
+        train_split: trained on.
+        selection_split: chooses the best checkpoint, never trained on nor reported; None if the
+            data has none to spare, and then only the last checkpoint is kept.
+        eval_split: reported.
+        log_every, evaluate_every, checkpoint_every: durations between two of these.
+        keep_checkpoints: how many of the last to keep, besides the best.
+        steps_per_call: steps that run between two looks at the clock.
+        devices: "auto" (all local GPUs, else the CPU) or "cpu:N", N replicas on the CPU.
+    """
+
+    model: Callable[..., keras.Model]
+    data: Callable[..., Data]
+    optimizer: Callable[..., keras.optimizers.Optimizer]
+    schedule: Callable[..., keras.optimizers.schedules.LearningRateSchedule]
+    duration: Duration
+    batch_size: int
+    eval_batch_size: int | None = None
+    label_smoothing: float = 0.0
+    weight_decay: float = 0.0
+    ema_decay: float = 0.0
+    precision: str = "float32"
+    seed: int = 0
+    train_split: str = "train"
+    selection_split: str | None = None
+    eval_split: str = "validation"
+    log_every: Duration = "100 steps"
+    evaluate_every: Duration = "1 epochs"
+    checkpoint_every: Duration = "1 epochs"
+    keep_checkpoints: int = 3
+    steps_per_call: int = 10
+    devices: str = "auto"
+
+    def __post_init__(self):
+        checks = (
+            ("batch_size", self.batch_size >= 1, "an integer of at least 1"),
+            (
+                "eval_batch_size",
+                self.eval_batch_size is None or self.eval_batch_size >= 1,
+                "an integer of at least 1",
+            ),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "a share from 0 to below 1"),
+            ("weight_decay", self.weight_decay >= 0, "a factor of at least 0"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "a decay from 0 to below 1"),
+            ("precision", self.precision in PRECISIONS, " or ".join(PRECISIONS)),
+            ("keep_checkpoints", self.keep_checkpoints >= 1, "an integer of at least 1"),
+            ("steps_per_call", self.steps_per_call >= 1, "an integer of at least 1"),
+        )
+        for name, fits, allowed in checks:
+            if not fits:
+                raise UsageError(f"Experiment.{name} takes {allowed}, not {getattr(self, name)!r}")
+        for name in ("duration", "log_every", "evaluate_every", "checkpoint_every"):
+            check_duration(getattr(self, name), f"Experiment.{name}")
+
+    def clock(self, num_examples: int) -> Clock:
+        """Returns what turns durations into steps, for so many training examples."""
+        clock = Clock(batch_size=self.batch_size, num_examples=num_examples, total_steps=0)
+        total = max(1, round(clock.steps(self.duration)))
+        return dataclasses.replace(clock, total_steps=total)
+
+
+def build_data(experiment: Experiment, *splits: str) -> Data:
+    """Calls the factory of the data.
+
+    Raises:
+        UsageError: if its arguments are out of range, or one of ``splits`` is empty or unknown.
+    """
+    with blaming_the_config():
+        data = experiment.data()
+        for split in splits:
+            if not data.num_examples(split):
+                raise UsageError(f"the split {split!r} of {data.name} is empty")
+    return data
+
+
+def build_model(experiment: Experiment, num_classes: int) -> keras.Model:
+    """Calls the factory of the network, in the experiment's precision.
+
+    Raises:
+        UsageError: if its arguments are out of range.
+    """
+    with devices.precision(experiment.precision), blaming_the_config():
+        return experiment.model(num_classes=num_classes)
+
+
+@contextlib.contextmanager
+def blaming_the_config() -> Iterator[None]:
+    """Turns what a factory has against its arguments into a UsageError of one line."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        first, *_ = str(error).strip().split("\n")
+        raise UsageError(first) from error

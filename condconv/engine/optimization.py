@@ -1,0 +1,277 @@
+"""Durations, learning rates, optimizers, loss and moving average of the official recipes.
+
+Sources: tensorflow/tpu, models/official/efficientnet (utils.py, main.py). Its optimizers are those
+of TensorFlow 1, whose steps differ from Keras'.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import gin
+import keras
+import tensorflow as tf
+
+from condconv.engine.errors import UsageError
+
+Duration = str
+
+_UNITS = ("steps", "epochs", "examples", "percent")
+_DURATION = re.compile(rf"([0-9.]+(?:e[0-9]+)?) ({'|'.join(_UNITS)})")
+
+
+def check_duration(duration: Duration, name: str) -> tuple[float, str]:
+    """Returns amount and unit of a duration such as "2.4 epochs".
+
+    Raises:
+        UsageError: if it is not one; ``name`` says whose it was.
+    """
+    match = _DURATION.fullmatch(duration)
+    try:
+        return float(match[1]), match[2]
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"{name} takes a number and one of {', '.join(_UNITS)}, such as '5 epochs', "
+            f"not {duration!r}"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """Turns durations into steps.
+
+    Attributes:
+        batch_size: examples in a step.
+        num_examples: examples in an epoch.
+        total_steps: steps in the run; "percent" are of these.
+    """
+
+    batch_size: int
+    num_examples: int
+    total_steps: int
+
+    def steps(self, duration: Duration, name: str = "duration") -> float:
+        """Returns ``duration`` in steps, with its fraction."""
+        amount, unit = check_duration(duration, name)
+        if unit == "percent" and not self.total_steps:
+            raise UsageError(f"{name} is what percentages are of: give it in another unit")
+        return (
+            amount
+            * {
+                "steps": 1.0,
+                "epochs": self.num_examples / self.batch_size,
+                "examples": 1 / self.batch_size,
+                "percent": self.total_steps / 100,
+            }[unit]
+        )
+
+    def period(self, duration: Duration, name: str) -> int:
+        """Returns ``duration`` in whole steps, one at least."""
+        return max(1, round(self.steps(duration, name)))
+
+
+class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear from zero; then the decay, which has been counting from the first step on."""
+
+    def __init__(self, clock: Clock, base_learning_rate: float, warmup: Duration, name: str):
+        self.peak = base_learning_rate * clock.batch_size / 256
+        self.warmup_steps = int(clock.steps(warmup, f"{name}.warmup"))
+
+    def decayed(self, step: tf.Tensor) -> tf.Tensor:
+        """Returns the share of the peak that is left at ``step``."""
+        raise NotImplementedError
+
+    def __call__(self, step: Any) -> tf.Tensor:
+        step = tf.cast(step, tf.float32)
+        rising = step / max(self.warmup_steps, 1)
+        return self.peak * tf.where(step < self.warmup_steps, rising, self.decayed(step))
+
+
+class _Exponential(_WarmUp):
+    def __init__(self, clock: Clock, every: Duration, factor: float, *arguments: Any):
+        super().__init__(clock, *arguments)
+        self.every, self.factor = clock.steps(every, "exponential.every"), factor
+
+    def decayed(self, step: tf.Tensor) -> tf.Tensor:
+        return tf.pow(self.factor, tf.floor(step / self.every))
+
+
+class _Cosine(_WarmUp):
+    def __init__(self, clock: Clock, *arguments: Any):
+        super().__init__(clock, *arguments)
+        self.total_steps = clock.total_steps
+
+    def decayed(self, step: tf.Tensor) -> tf.Tensor:
+        return 0.5 * (1 + tf.cos(step * (3.141592653589793 / self.total_steps)))
+
+
+@gin.register(denylist=["clock"])
+def exponential(
+    clock: Clock,
+    base_learning_rate: float = 0.016,
+    warmup: Duration = "5 epochs",
+    every: Duration = "2.4 epochs",
+    factor: float = 0.97,
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Warm-up, then a staircase: the schedule of EfficientNet and MnasNet.
+
+    Args:
+        clock: turns durations into steps.
+        base_learning_rate: for 256 examples in a step; the peak grows with the batch.
+        warmup: duration of the linear rise from zero.
+        every: duration of a stair.
+        factor: of the learning rate from one stair to the next.
+    """
+    return _Exponential(clock, every, factor, base_learning_rate, warmup, "exponential")
+
+
+@gin.register(denylist=["clock"])
+def cosine(
+    clock: Clock, base_learning_rate: float = 0.1, warmup: Duration = "5 epochs"
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Warm-up, then half a cosine down to zero at the end of the run.
+
+    Args:
+        clock: turns durations into steps.
+        base_learning_rate: for 256 examples in a step; the peak grows with the batch.
+        warmup: duration of the linear rise from zero.
+    """
+    return _Cosine(clock, base_learning_rate, warmup, "cosine")
+
+
+class _Optimizer(keras.optimizers.Optimizer):
+    """An optimizer of TensorFlow 1: the buffers of each variable, and a rule for one step."""
+
+    buffers: dict[str, str] = {}  # initializer by name
+
+    def __init__(self, learning_rate: Any, momentum: float, name: str):
+        super().__init__(learning_rate=learning_rate, name=name)
+        self.momentum = momentum
+
+    def build(self, variables: list[keras.Variable]) -> None:
+        """Makes the buffers."""
+        if self.built:
+            return
+        super().build(variables)
+        for buffer, initializer in self.buffers.items():
+            made = [
+                self.add_variable_from_reference(v, name=buffer, initializer=initializer)
+                for v in variables
+            ]
+            setattr(self, buffer, made)
+
+
+class _Momentum(_Optimizer):
+    buffers = {"momentums": "zeros"}
+
+    def __init__(self, learning_rate: Any, momentum: float, nesterov: bool):
+        super().__init__(learning_rate, momentum, "momentum")
+        self.nesterov = nesterov
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        buffer = self.momentums[self._get_variable_index(variable)]
+        rate = tf.cast(learning_rate, variable.dtype)
+        moved = buffer * self.momentum + gradient
+        buffer.assign(moved)
+        direction = gradient + self.momentum * moved if self.nesterov else moved
+        variable.assign_sub(rate * direction)
+
+
+class _RMSProp(_Optimizer):
+    buffers = {"mean_squares": "ones", "momentums": "zeros"}
+
+    def __init__(self, learning_rate: Any, momentum: float, decay: float, epsilon: float):
+        super().__init__(learning_rate, momentum, "rmsprop")
+        self.decay, self.epsilon = decay, epsilon
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        index = self._get_variable_index(variable)
+        square, buffer = self.mean_squares[index], self.momentums[index]
+        rate = tf.cast(learning_rate, variable.dtype)
+        mean = square * self.decay + tf.square(gradient) * (1 - self.decay)
+        moved = buffer * self.momentum + rate * gradient * tf.math.rsqrt(mean + self.epsilon)
+        square.assign(mean)
+        buffer.assign(moved)
+        variable.assign_sub(moved)
+
+
+@gin.register(denylist=["learning_rate"])
+def momentum(
+    learning_rate: Any, momentum: float = 0.9, nesterov: bool = False
+) -> keras.optimizers.Optimizer:
+    """Gradient descent with momentum: m ← μm + g, w ← w − lr·m (Nesterov: g + μm for m).
+
+    Keras' own multiplies the learning rate into the buffer, which differs as soon as it changes.
+    """
+    return _Momentum(learning_rate, momentum, nesterov)
+
+
+@gin.register(denylist=["learning_rate"])
+def rmsprop(
+    learning_rate: Any, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1e-3
+) -> keras.optimizers.Optimizer:
+    """TensorFlow 1's RMSProp: mean square from one on, epsilon inside the root.
+
+    s ← ρs + (1−ρ)g², m ← μm + lr·g/√(s+ε), w ← w − m. Keras' own starts the mean square at zero.
+    """
+    return _RMSProp(learning_rate, momentum, decay, epsilon)
+
+
+def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) -> tf.Tensor:
+    """Returns the cross-entropy of each example, (B,).
+
+    Args:
+        labels: (B,) classes, or (B, classes) probabilities.
+        logits: (B, classes).
+        smoothing: share of each label that is spread evenly over all classes.
+    """
+    classes = logits.shape[-1]
+    if labels.shape.rank == 1:
+        labels = tf.one_hot(labels, classes)
+    labels = tf.cast(labels, logits.dtype) * (1 - smoothing) + smoothing / classes
+    return tf.nn.softmax_cross_entropy_with_logits(labels, logits)
+
+
+def decayed_variables(model: keras.Model) -> list[keras.Variable]:
+    """Returns what weight decay acts on: all trainable variables but those of batch norm.
+
+    So biases, experts and routings decay too, as officially.
+    """
+    exempt = {
+        id(variable)
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization)
+        for variable in layer.trainable_variables
+    }
+    return [v for v in model.trainable_variables if id(v) not in exempt]
+
+
+def half_squared_norm(variables: list[keras.Variable]) -> tf.Tensor:
+    """Returns ½·Σ‖v‖²."""
+    return tf.add_n([tf.nn.l2_loss(tf.convert_to_tensor(v)) for v in variables])
+
+
+class MovingAverage:
+    """The average of weights and batch-norm statistics that evaluation uses.
+
+    a ← a − (1−d)(a − w) after each step, with d = min(decay, (1+n)/(10+n)) for the n-th step: the
+    warm-up of the decay lets a short run forget its initial weights. Keras' own average covers
+    neither the statistics nor the warm-up.
+    """
+
+    def __init__(self, variables: list[keras.Variable], decay: float):
+        self.decay = decay
+        self.variables = variables
+        self.averages = [tf.Variable(v.value, trainable=False, name="average") for v in variables]
+        self._strategy = tf.distribute.get_strategy()
+
+    def update(self, steps_done: tf.Tensor) -> None:
+        """Moves the averages towards the variables; outside of any replica."""
+        done = tf.cast(steps_done, tf.float32)
+        rate = 1 - tf.minimum(self.decay, (1 + done) / (10 + done))
+
+        def move(average: tf.Variable, variable: tf.Tensor) -> None:
+            average.assign_sub(tf.cast(rate, average.dtype) * (average - variable))
+
+        for average, variable in zip(self.averages, self.variables, strict=True):
+            self._strategy.extended.update(average, move, args=(variable.value,))

@@ -1,0 +1,153 @@
+"""What a run tells: a live line, ``metrics.jsonl``, TensorBoard, ``environment.json``."""
+
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import rich.console
+import rich.progress
+import tensorflow as tf
+from etils import epath
+
+_METRICS = "metrics.jsonl"
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Telemetry:
+    """Records what happens in a run, and shows it on stderr.
+
+    On a terminal there is one live line. Elsewhere there is a plain line for each evaluation,
+    and one every ten seconds in between.
+    """
+
+    def __init__(self, workdir: epath.Path, total_steps: int, examples_per_step: int, start: int):
+        self._file = workdir / _METRICS
+        self._total, self._examples = total_steps, examples_per_step
+        self._writer = tf.summary.create_file_writer(str(workdir / "tensorboard"))
+        self._forget_after(start)
+        self._last_line = time.monotonic()
+        self._rate = 0.0
+        console = rich.console.Console(stderr=True)
+        self._live = None
+        if console.is_terminal:
+            self._live = rich.progress.Progress(
+                rich.progress.BarColumn(),
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._live.add_task("starting", total=total_steps, completed=start)
+
+    def __enter__(self) -> "Telemetry":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.close()
+        if self._live:
+            self._live.stop()
+
+    def record(self, step: int, values: Mapping[str, float], notable: bool = False) -> None:
+        """Writes one object to ``metrics.jsonl`` and TensorBoard, and shows it.
+
+        Args:
+            step: done.
+            values: by name.
+            notable: whether to print a line even where nobody watches live.
+        """
+        with self._file.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        with self._writer.as_default(step=step):
+            for name, value in values.items():
+                tf.summary.scalar(name, value)
+        self._writer.flush()
+        self._show(step, values, notable)
+
+    def _show(self, step: int, values: Mapping[str, float], notable: bool) -> None:
+        self._rate = values.get("images_per_second", self._rate)
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        text = f"step {step}/{self._total}  {shown}"
+        if self._live and notable:
+            self._live.console.print(text, highlight=False)
+        if self._live:
+            self._live.update(self._task, completed=step, description=text)
+            return
+        now = time.monotonic()
+        if notable or now - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            left = (self._total - step) * self._examples / self._rate if self._rate else None
+            left = "" if left is None else f"  {_clock(left)} left"
+            print(f"{text}{left}", file=sys.stderr, flush=True)
+
+    def _forget_after(self, step: int) -> None:
+        """Drops lines behind the checkpoint that the run goes on from: they will come again."""
+        if not self._file.exists():
+            return
+        lines = [line for line in self._file.read_text().splitlines() if _step_of(line) <= step]
+        self._file.write_text("".join(f"{line}\n" for line in lines))
+
+
+def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
+    """Returns the objects of ``metrics.jsonl``, in order; none if there is no such file."""
+    path = workdir / _METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Returns what else could explain a result: versions, device, commit, seed."""
+    packages = ("condconv", "keras", "tensorflow", "tensorflow-datasets", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "platform": platform.platform(),
+        "devices": [device.name for device in tf.config.list_logical_devices()],
+        "commit": _commit(),
+        "seed": seed,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    root = pathlib.Path(__file__).parents[2]
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # half a line, from a run that was killed
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

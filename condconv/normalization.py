@@ -1,0 +1,103 @@
+"""Normalisation of pixels, and of batches through TensorFlow's fused operation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+Tensor = Any
+
+
+@keras.saving.register_keras_serializable(package="condconv")
+class BatchNormalization(keras.layers.BatchNormalization):
+    """Keras' batch normalisation, with the same statistics and weights, in one operation.
+
+    Keras 3 composes it of a dozen operations on TensorFlow, which makes a training step of these
+    networks about 1.3 times slower. The fused operation serves four-dimensional channels-last
+    input; anything else takes Keras' way, as do synchronised statistics and other backends.
+    Gamma, beta and the statistics stay in float32 under a mixed precision policy.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, autocast=False, **kwargs)
+
+    def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None):
+        """Normalises (B, H, W, C), by the batch in training and by the moving statistics else."""
+        x = ops.cast(inputs, self.compute_dtype)
+        if not self._can_fuse(x, mask):
+            return super().call(x, training=training, mask=mask)
+        if training and self.trainable:
+            return self._normalize_by_batch(x)
+        return self._fused(x, self.moving_mean, self.moving_variance, is_training=False)[0]
+
+    def _can_fuse(self, x: Tensor, mask: Tensor | None) -> bool:
+        return (
+            keras.backend.backend() == "tensorflow"
+            and mask is None
+            and len(x.shape) == 4
+            and self.axis in (-1, 3)
+            and self.center
+            and self.scale
+            and not self.synchronized
+            and not self.renorm
+            and keras.backend.standardize_dtype(x.dtype) in ("float16", "bfloat16", "float32")
+        )
+
+    def _normalize_by_batch(self, x: Tensor) -> Tensor:
+        y, mean, variance = self._fused(x, [], [], is_training=True)
+        # The operation reports the unbiased variance; Keras and the official EfficientNet keep
+        # the biased one.
+        count = ops.cast(ops.prod(ops.shape(x)[:-1]), variance.dtype)
+        variance = variance * (ops.maximum(count - 1, 1) / count)
+        for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
+        return y
+
+    def _fused(self, x: Tensor, mean: Any, variance: Any, *, is_training: bool) -> tuple:
+        import tensorflow as tf
+
+        outputs = tf.raw_ops.FusedBatchNormV3(
+            x=x,
+            scale=ops.convert_to_tensor(self.gamma),
+            offset=ops.convert_to_tensor(self.beta),
+            mean=tf.convert_to_tensor(mean, tf.float32),
+            variance=tf.convert_to_tensor(variance, tf.float32),
+            epsilon=self.epsilon,
+            is_training=is_training,
+        )
+        return outputs.y, outputs.batch_mean, outputs.batch_variance
+
+
+@keras.saving.register_keras_serializable(package="condconv")
+class PixelNormalization(keras.layers.Layer):
+    """Maps pixels to (pixel − mean) / deviation, in float32 under every policy.
+
+    Keras' own ``Normalization`` needs TensorFlow on every backend.
+
+    Args:
+        mean, deviation: one number for each channel, on the scale of the pixels.
+    """
+
+    def __init__(self, mean: Sequence[float], deviation: Sequence[float], **kwargs: Any):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        self.mean = tuple(float(value) for value in mean)
+        self.deviation = tuple(float(value) for value in deviation)
+        if len(self.mean) != len(self.deviation) or not all(d > 0 for d in self.deviation):
+            raise ValueError(
+                "PixelNormalization takes a mean and a positive deviation for each channel. "
+                f"Received: mean={mean}, deviation={deviation}"
+            )
+
+    def call(self, inputs: Tensor) -> Tensor:
+        """Normalises (B, H, W, C), uint8 or float."""
+        pixels = ops.cast(inputs, "float32")
+        return (pixels - ops.array(self.mean, "float32")) / ops.array(self.deviation, "float32")
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        """Returns ``input_shape``."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of this layer."""
+        return {**super().get_config(), "mean": self.mean, "deviation": self.deviation}

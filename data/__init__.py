@@ -1,0 +1,1 @@
+"""Input: sources of examples, and the one pipeline that orders, shards, augments and batches."""

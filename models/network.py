@@ -1,0 +1,155 @@
+"""From a table of stages to a Keras model that maps pixels to logits."""
+
+import dataclasses
+from typing import Any
+
+import keras
+
+from condconv.layers import Logits
+from condconv.normalization import PixelNormalization
+from condconv.stochastic import Dropout
+from models.blocks import Convs, Stage, Style
+
+Tensor = Any
+
+# Mean and deviation of pixels, which each network was published with.
+NORMALIZATIONS = {
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "condconv": ((127.0,) * 3, (128.0,) * 3),  # the official EfficientNet-CondConv: not 127.5
+    "inception": ((127.5,) * 3, (127.5,) * 3),
+}
+
+Normalization = str | tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def round_filters(filters: float, smallest: int = 8) -> int:
+    """Rounds to a multiple of eight, and never down by more than a tenth (official rule)."""
+    rounded = max(smallest, 8 * (int(filters + 4) // 8))
+    return rounded + 8 if rounded < 0.9 * filters else rounded
+
+
+def unroll(stages: tuple[Stage, ...]) -> list[Stage]:
+    """Returns one row a block; only the first of a stage keeps its strides."""
+    return [
+        dataclasses.replace(stage, repeats=1, strides=stage.strides if repeat == 0 else 1)
+        for stage in stages
+        for repeat in range(stage.repeats)
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network before it is built: its table, and what the caller may change.
+
+    Attributes:
+        name: of the model.
+        stages: the table of its blocks.
+        style: what its convolutions have in common.
+        stem_filters, stem_kernel_size: of the first convolution, which has stride 2.
+        stem_pool: whether a max-pooling 3×3 of stride 2 follows.
+        head_filters: of the 1×1 convolution before the pooling; 0 for none.
+        classifier_initializer: of the last dense layer.
+        num_classes: logits.
+        num_experts: 0 for the static network, else the experts of each conditional layer.
+        first_condconv_block: the first conditional block, counted from 1; those behind it are
+            conditional too. 0 makes the stem conditional as well; one more than there are blocks
+            leaves all of them static.
+        condconv_head, condconv_classifier: whether these are conditional, each with a routing of
+            its own on its input.
+        image_size: height and width of the input; None leaves them open.
+        dropout: share of the pooled features set to zero in training.
+        survival: probability with which the last residual branch is kept in training, falling
+            linearly from 1 at the first block (official rule: by i/N for block i of N).
+        normalization: mean and deviation of the pixels, by name or as two triples.
+        cost_rule: under which the paper printed this network's multiply-adds.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    style: Style
+    stem_filters: int
+    stem_kernel_size: int = 3
+    stem_pool: bool = False
+    head_filters: int = 0
+    classifier_initializer: Any
+    num_classes: int
+    num_experts: int
+    first_condconv_block: int
+    condconv_head: bool = False
+    condconv_classifier: bool
+    image_size: int | None
+    dropout: float
+    survival: float = 1.0
+    normalization: Normalization
+    cost_rule: str = "R"
+
+    def __post_init__(self):
+        blocks = len(unroll(self.stages))
+        checks = (
+            ("num_classes", self.num_classes >= 1, "an integer of at least 1"),
+            ("num_experts", self.num_experts >= 0, "0 (static) or a positive integer"),
+            (
+                "first_condconv_block",
+                0 <= self.first_condconv_block <= blocks + 1,
+                f"a block from 1 to {blocks}, 0 (the stem too) or {blocks + 1} (no block)",
+            ),
+            ("image_size", self.image_size is None or self.image_size >= 1, "a positive integer"),
+            ("dropout", 0 <= self.dropout < 1, "a share of at least 0 and below 1"),
+            ("survival", 0 < self.survival <= 1, "a probability above 0 and at most 1"),
+        )
+        for argument, fits, allowed in checks:
+            if not fits:
+                value = getattr(self, argument)
+                raise ValueError(f"{self.name}: {argument} takes {allowed}, not {value}")
+
+    def build(self) -> keras.Model:
+        """Returns the model: pixels (B, H, W, 3) of 0–255 → logits (B, num_classes) float32."""
+        inputs = keras.Input((self.image_size, self.image_size, 3), name="images")
+        x = self._stem(_normalize(inputs, self.normalization))
+        x = self._blocks(x)
+        if self.head_filters:
+            convs = self._convs("head", x, self.condconv_head)
+            x = convs.conv(x, "conv", self.head_filters)
+        x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+        return keras.Model(inputs, self._classifier(x), name=self.name)
+
+    def _convs(self, name: str, x: Tensor, conditional: bool) -> Convs:
+        return Convs(self.style, name, x, self.num_experts if conditional else 0)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        convs = self._convs("stem", x, self.first_condconv_block == 0)
+        x = convs.conv(x, "conv", self.stem_filters, self.stem_kernel_size, strides=2)
+        if not self.stem_pool:
+            return x
+        padding = "same"
+        if self.style.padding == "symmetric":  # the activation leaves nothing below zero
+            x, padding = keras.layers.ZeroPadding2D(1, name="stem_pool_pad")(x), "valid"
+        return keras.layers.MaxPooling2D(3, 2, padding, name="stem_pool")(x)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        blocks = unroll(self.stages)
+        for index, stage in enumerate(blocks):
+            conditional = index + 1 >= self.first_condconv_block
+            convs = self._convs(f"block{index + 1}", x, conditional)
+            survival = 1 - (1 - self.survival) * index / len(blocks)
+            x = stage.block(x, stage, convs, survival)
+        return x
+
+    def _classifier(self, x: Tensor) -> Tensor:
+        convs = self._convs("classifier", x, self.condconv_classifier)  # routes before dropout
+        if self.dropout:
+            x = Dropout(self.dropout, name="dropout")(x)
+        x = convs.dense(x, "", self.num_classes, self.classifier_initializer)
+        return Logits(self.cost_rule, name="logits")(x)
+
+
+def _normalize(pixels: Tensor, normalization: Normalization) -> Tensor:
+    if isinstance(normalization, str):
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"normalization takes one of {', '.join(NORMALIZATIONS)} or a pair of mean and "
+                f"deviation, not {normalization!r}"
+            )
+        normalization = NORMALIZATIONS[normalization]
+    mean, deviation = normalization
+    return PixelNormalization(mean, deviation, name="normalization")(pixels)

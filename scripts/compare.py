@@ -1,0 +1,31 @@
+"""Sets evaluated runs side by side: one table, and their accuracy over steps as a PNG.
+
+python scripts/compare.py runs/quickstart/static runs/quickstart/condconv --output=accuracy.png
+"""
+
+from absl import flags
+
+from condconv.engine import command
+
+_OUTPUT = flags.DEFINE_string("output", None, "PNG file to draw the accuracy over steps to.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON: a list of objects.")
+
+
+def main(workdirs: list[str]) -> None:
+    """Prints the table and, if asked, the path of the plot."""
+    from etils import epath
+
+    from condconv.engine import report, tables
+    from condconv.engine.errors import UsageError
+
+    if not workdirs:
+        raise UsageError("needs the folder of a run at least; see --help")
+    paths = [epath.Path(workdir) for workdir in workdirs]
+    tables.show(report.compare(paths), _JSON.value)
+    if _OUTPUT.value:
+        report.plot_accuracy(paths, epath.Path(_OUTPUT.value))
+        print(f"\naccuracy over steps: {_OUTPUT.value}")
+
+
+if __name__ == "__main__":
+    command.run(main, arguments="WORKDIR…")
