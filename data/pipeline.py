@@ -13,6 +13,9 @@ import tensorflow as tf
 
 Tensors = dict[str, tf.Tensor]
 
+# What a seed is folded with, so that no two uses of it draw alike.
+_AUGMENTATION, _ORDER = 0, 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -76,15 +79,16 @@ class Pipeline:
         """
         source = self._split(split)
 
-        def example(count: tf.Tensor) -> Tensors:
-            step, offset = count // batch_size, count % batch_size
-            position = (step * num_shards + shard) * batch_size + offset
-            record = source.read(_index_at(position, source.num_examples, seed))
-            key = tf.random.experimental.stateless_fold_in([seed, 0], position)
+        def example(position: tf.Tensor, index: tf.Tensor) -> Tensors:
+            record = source.read(index)
+            key = tf.random.experimental.stateless_fold_in([seed, _AUGMENTATION], position)
             return {"image": self.augment(record["image"], key), "label": record["label"]}
 
         return (
-            tf.data.Dataset.range(start * batch_size, tf.int64.max)
+            _positions(source.num_examples, seed, start * batch_size * num_shards)
+            .batch(batch_size, drop_remainder=True)
+            .shard(num_shards, shard)
+            .unbatch()
             .map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
             .batch(batch_size, drop_remainder=True)
             .prefetch(tf.data.AUTOTUNE)
@@ -120,8 +124,19 @@ class Pipeline:
         return self.splits[name]
 
 
-def _index_at(position: tf.Tensor, num_examples: int, seed: int) -> tf.Tensor:
-    """Returns which example comes at a position: epochs are permutations, computed pointwise."""
-    epoch, place = position // num_examples, position % num_examples
-    key = tf.cast(tf.stack([tf.constant(seed, tf.int64), epoch]), tf.int32)
-    return tf.random.experimental.index_shuffle(place, key, num_examples - 1)
+def _positions(num_examples: int, seed: int, start: int) -> tf.data.Dataset:
+    """Returns (position, index) from position ``start`` on, without end.
+
+    Each epoch is shuffled as a whole. (``tf.random.experimental.index_shuffle`` would do without
+    the array, but its permutations are far from uniform.)
+    """
+    first, skipped = divmod(start, num_examples)
+
+    def epoch(number: tf.Tensor) -> tf.data.Dataset:
+        key = tf.random.experimental.stateless_fold_in([seed, _ORDER], number)
+        order = tf.random.experimental.stateless_shuffle(tf.range(num_examples, dtype="int64"), key)
+        places = tf.range(num_examples, dtype="int64") + number * num_examples
+        left = tf.where(number == first, tf.constant(skipped, tf.int64), 0)
+        return tf.data.Dataset.from_tensor_slices((places[left:], order[left:]))
+
+    return tf.data.Dataset.range(first, tf.int64.max).flat_map(epoch)

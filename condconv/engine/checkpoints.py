@@ -42,7 +42,7 @@ class Checkpoints:
         folder = self._folder(step)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _MANIFEST).unlink(missing_ok=True)
-        content = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in state.items()})
+        content = safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in state.items()})
         (folder / _STATE).write_bytes(content)
         manifest = {"step": step, "bytes": len(content), "sha256": _checksum(content)}
         files.write_json(folder / _MANIFEST, manifest)

@@ -82,7 +82,7 @@ class Evaluator:
 
 
 def _judge(model: keras.Model, batch: dict[str, tf.Tensor]) -> tuple[tf.Tensor, ...]:
-    logits = model(batch["image"], training=False)
+    logits = tf.cast(model(batch["image"], training=False), tf.float32)
     labels = batch["label"]
     own = tf.gather(logits, labels, axis=1, batch_dims=1)[:, None]
     # A class of the same score counts as higher if it comes first, as in a sorted list; a logit

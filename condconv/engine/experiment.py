@@ -155,6 +155,6 @@ def blaming_the_config() -> Iterator[None]:
     """Turns what a factory has against its arguments into a UsageError of one line."""
     try:
         yield
-    except (ValueError, TypeError) as error:
-        first, *_ = str(error).strip().split("\n")
+    except (UsageError, ValueError, TypeError) as error:
+        first, *_ = str(error).strip().split("\n")  # gin adds where it came from
         raise UsageError(first) from error

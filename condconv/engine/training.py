@@ -359,7 +359,7 @@ def _step(run: Run, batch: dict[str, tf.Tensor], step: tf.Tensor) -> dict[str, t
     seed = tf.random.experimental.stateless_fold_in([experiment.seed, _DROPOUT], step)
     seed = tf.random.experimental.stateless_fold_in(seed, tf.cast(replica, tf.int64))
     with tf.GradientTape() as tape, seed_scope(seed):
-        logits = model(batch["image"], training=True)
+        logits = tf.cast(model(batch["image"], training=True), tf.float32)
         errors = cross_entropy(batch["label"], logits, experiment.label_smoothing)
         # Gradients are summed over the replicas, so each contributes its share of the whole.
         objective = tf.reduce_sum(errors) / experiment.batch_size

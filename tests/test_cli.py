@@ -1,0 +1,150 @@
+"""The commands, as a user runs them: another process, a real config, exit codes, a quiet screen."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONDCONV = "--gin_file=configs/digits_condconv.gin"
+COMMANDS = ["train.py", "eval.py", *(f"scripts/{p.name}" for p in (ROOT / "scripts").glob("*.py"))]
+SHORT = [
+    "--gin_param=Experiment.duration = '6 steps'",
+    "--gin_param=Experiment.evaluate_every = '3 steps'",
+    "--gin_param=mobilenet_v1.width = 0.1",
+]
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_quick_and_imports_nothing_heavy(command):
+    began = time.monotonic()
+    done = call("-X", "importtime", command, "--help")
+    assert done.returncode == 0
+    assert "flags:" in done.stdout
+    imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "absl.flags" in imported
+    assert not imported & {"tensorflow", "keras", "numpy", "gin", "etils", "sklearn"}
+    assert time.monotonic() - began < 30  # it answers at once; what must hold is the line above
+
+
+def assert_refused(done: subprocess.CompletedProcess, code: int, *said: str) -> None:
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for text in said:
+        assert text in done.stderr
+
+
+def test_an_unknown_flag_is_a_wrong_call():
+    assert_refused(call("train.py", "--gin_fiel=x"), 2, "gin_fiel")
+
+
+def test_a_wrong_binding_is_a_wrong_call(tmp_path):
+    done = call("train.py", CONDCONV, f"--workdir={tmp_path}/run", "--gin_param=EPOCHS = 3")
+    assert_refused(done, 2, "train.py: nothing uses %EPOCHS")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_replicas_cannot_share_is_a_wrong_call(tmp_path):
+    done = call(
+        "train.py",
+        CONDCONV,
+        f"--workdir={tmp_path}/run",
+        "--gin_param=Experiment.devices = 'cpu:2'",
+        "--gin_param=Experiment.batch_size = 63",
+    )
+    assert_refused(done, 2, "batch_size=63 cannot be divided among 2 replicas")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    done = call("train.py", CONDCONV, f"--workdir={folder}", *SHORT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    for line in done.stderr.splitlines():  # progress, and nothing of TensorFlow's
+        assert re.match(r"step \d/6  ", line), done.stderr
+    return folder
+
+
+def test_a_trained_network_is_evaluated_to_one_json_object(workdir):
+    done = call("eval.py", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) == {
+        "top1", "top5", "loss", "images", "parameters", "multiply_adds", "macs",
+        "dataset", "split", "step", "weights",
+    }  # fmt: skip
+    assert (result["images"], result["step"], result["dataset"]) == (360, 6, "digits")
+    assert json.loads((workdir / "eval.json").read_text()) == result
+    assert call("eval.py", f"--workdir={workdir}").stdout == done.stdout
+
+
+def test_another_experiment_in_the_same_workdir_is_refused(workdir):
+    done = call(
+        "train.py", CONDCONV, f"--workdir={workdir}", *SHORT, "--gin_param=digits.max_shift=0.2"
+    )
+    assert_refused(done, 2, "digits.max_shift: not bound there, 0.2 here")
+
+
+def test_two_replicas_train_and_evaluate_what_one_does(tmp_path):
+    mirrored = [CONDCONV, *SHORT, "--gin_param=Experiment.devices = 'cpu:2'"]
+    done = call("train.py", *mirrored, f"--workdir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    results = [
+        json.loads(call("eval.py", f"--workdir={tmp_path}/run", f"--gin_param={binding}").stdout)
+        for binding in ("Experiment.devices = 'cpu:2'", "Experiment.devices = 'auto'")
+    ]
+    assert results[0]["images"] == 360
+    assert results[0]["top1"] == results[1]["top1"]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-6)
+
+
+def test_runs_are_compared_in_a_table_and_a_plot(workdir, tmp_path):
+    call("eval.py", f"--workdir={workdir}")
+    done = call("scripts/compare.py", str(workdir), f"--output={tmp_path}/accuracy.png")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^run +parameters +multiply_adds +top1", done.stdout)
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert_refused(call("scripts/compare.py", str(tmp_path)), 2, "has no eval.json")
+
+
+def test_costs_are_printed_by_layer():
+    flags = ["--model=mobilenet_v1", "--num_experts=8", "--width=0.25"]
+    table = call("scripts/cost.py", *flags)
+    assert table.returncode == 0, table.stderr
+    assert re.search(r"layer +parameters +static +mixing +routing", table.stdout)
+    assert "total, rule M" in table.stdout
+    counted = json.loads(call("scripts/cost.py", *flags, "--json").stdout)
+    assert counted["multiply_adds"] == sum(counted[k] for k in ("static", "mixing", "routing"))
+    assert sum(row["parameters"] for row in counted["rows"]) == counted["parameters"]
+    assert_refused(call("scripts/cost.py", "--model=mobilnet_v1"), 2, "did you mean 'mobilenet_v1'")
+    assert_refused(call("scripts/cost.py"), 2, "needs one of --model=NAME and --source=FILE")
+
+
+@pytest.mark.slow
+def test_models_are_listed_with_the_papers_numbers():
+    rows = json.loads(call("scripts/list_models.py", "--json").stdout)
+    assert len(rows) == 13
+    for row in rows:
+        printed, counted = row["paper_multiply_adds"], row["multiply_adds"]
+        assert printed is None or abs(counted - printed) < 10**6
+    assert "efficientnet_b0_depth" in call("scripts/list_models.py").stdout

@@ -1,0 +1,149 @@
+"""Configs: strict, saved so that they parse again, and errors of one line that name the cure."""
+
+import pathlib
+
+import gin
+import pytest
+from etils import epath
+
+from condconv.engine import config, training
+from condconv.engine.errors import UsageError
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.gin"))
+DIGITS = str(ROOT / "configs" / "digits.gin")
+CONDCONV = str(ROOT / "configs" / "digits_condconv.gin")
+
+
+def components(experiment):
+    """What identifies an experiment across two parses: factories are wrapped anew each time."""
+    values = vars(experiment)
+    return {k: getattr(v, "__name__", v) for k, v in values.items()}, gin.config_str()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses_builds_and_says_how_to_run_it(path):
+    text = path.read_text()
+    assert f"python train.py --gin_file=configs/{path.name}" in text
+    run = training.build(config.load([str(path)]))
+    assert run.clock.total_steps > 0
+
+
+def test_a_saved_config_parses_to_the_same_experiment(tmp_path):
+    bindings = ["Experiment.seed = 7", "mobilenet_v1.width = 0.5", "SIZE = 48"]
+    bindings += ["digits.image_size = %SIZE", "mobilenet_v1.image_size = %SIZE"]
+    before = components(config.load([CONDCONV], bindings))
+    config.save(epath.Path(tmp_path))
+    after = components(config.load_run(epath.Path(tmp_path)))
+    assert before == after
+    assert after[0]["seed"] == 7
+    assert config.differences((tmp_path / "config.gin").read_text()) == []
+
+
+def test_the_operative_config_holds_the_defaults_too(tmp_path):
+    experiment = config.load([DIGITS], ["mobilenet_v1.width = 0.1"])
+    training.build(experiment)
+    config.save_operative(epath.Path(tmp_path))
+    text = (tmp_path / "operative_config.gin").read_text()
+    assert "mobilenet_v1.dropout = 0.001" in text
+    assert "Experiment.keep_checkpoints = 3" in text
+
+
+def test_later_files_and_bindings_win(tmp_path):
+    overlay = tmp_path / "overlay.gin"
+    overlay.write_text("Experiment.batch_size = 16\nExperiment.seed = 1\n")
+    experiment = config.load([DIGITS, str(overlay)], ["Experiment.seed = 2"])
+    assert (experiment.batch_size, experiment.seed) == (16, 2)
+
+
+def test_differences_are_named():
+    config.load([DIGITS])
+    saved = gin.config_str()
+    config.load([CONDCONV], ["Experiment.batch_size = 32"])
+    assert config.differences(saved) == [
+        "Experiment.batch_size: 64 there, 32 here",
+        "mobilenet_v1.num_experts: not bound there, 8 here",
+    ]
+
+
+BAD = {
+    "mobilenet_v1.widht = 2": "mobilenet_v1 has no parameter 'widht'; did you mean 'width'?",
+    "Experiment.sede = 2": "Experiment has no parameter 'sede'; did you mean 'seed'?",
+    "mobilnet_v1.width = 2": "unknown name 'mobilnet_v1'; did you mean 'mobilenet_v1'?",
+    "Experiment.model = @mobilenet_v9": "unknown name 'mobilenet_v9'; did you mean 'mobilenet_v",
+    "Experiment.optimizer = @rmspropp": "did you mean 'rmsprop'?",
+    "Experiment.data = @digitz": "known are training: Experiment, cosine, exponential",
+    "Experiment.seed = %SEED": "Experiment.seed refers to %SEED, which nothing binds",
+    "EPOCHS = 3": "nothing uses %EPOCHS: remove the binding",
+    "trian/digits.image_size = 3": "nothing uses trian/digits.image_size",
+    "mobilenet_v2.width = 0.5": "nothing uses mobilenet_v2.width: remove the binding",
+    "mobilenet_v1.width = '0.5'": "mobilenet_v1.width takes float, not '0.5', of type str",
+    "Experiment.batch_size = 1.5": "Experiment.batch_size takes int, not 1.5, of type float",
+    "Experiment.batch_size = '128'": "Experiment.batch_size takes int, not '128', of type str",
+    "Experiment.model = @mobilenet_v1()": "takes a factory, written @name without (), not @mob",
+    "Experiment.model = 'mobilenet_v1'": "takes a factory, written @name without (), not mob",
+    "mobilenet_v1.num_classes = 3": "mobilenet_v1.num_classes is set by the run itself",
+    "Experiment.batch_size = 0": "Experiment.batch_size takes an integer of at least 1, not 0",
+    "Experiment.precision = 'int8'": "Experiment.precision takes float32 or mixed_bfloat16",
+    "Experiment.duration = '3 weeks'": "Experiment.duration takes a number and one of steps,",
+    "Experiment.label_smoothing = 1.0": "Experiment.label_smoothing takes a share",
+    "width": "not a binding of the form name.parameter = value",
+    "include 'nowhere.gin'": "nowhere.gin",
+    "import no_such_module": "no_such_module",
+}
+
+
+def message_of(function) -> str:
+    with pytest.raises(UsageError) as error:
+        function()
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("binding", BAD)
+def test_a_bad_binding_is_one_line(binding):
+    assert BAD[binding] in message_of(lambda: config.load([DIGITS], [binding]))
+
+
+def test_an_error_in_a_file_names_file_and_line(tmp_path):
+    path = tmp_path / "bad.gin"
+    path.write_text(f"include '{DIGITS}'\n\nmobilenet_v1.widht = 2\n")
+    message = message_of(lambda: config.load([str(path)]))
+    assert message.startswith(f"{path}, line 3: mobilenet_v1 has no parameter 'widht'")
+
+
+def test_a_missing_file_is_named_with_the_nearest():
+    message = message_of(lambda: config.load([DIGITS.replace("digits", "digit")]))
+    assert "there is no config file" in message
+    assert "did you mean 'digits.gin'?" in message
+
+
+def test_what_an_experiment_needs_is_named(tmp_path):
+    path = tmp_path / "short.gin"
+    path.write_text("import data.digits\nExperiment.data = @digits\nExperiment.batch_size = 8\n")
+    message = message_of(lambda: config.load([str(path)]))
+    assert "Experiment.model" in message
+    assert "Experiment.duration" in message
+
+
+BAD_BUILDS = {
+    "mobilenet_v1.num_experts = -1": "num_experts takes 0 (static) or a positive integer, not -1",
+    "mobilenet_v1.first_condconv_block = 99": "first_condconv_block takes a block from 1 to 13",
+    "digits.image_size = 4": "digits: image_size takes at least 8",
+    "Experiment.eval_split = 'validation'": "digits has no split 'validation'; it has minival, te",
+    "Experiment.devices = 'gpus'": "Experiment.devices takes 'auto' or 'cpu:N', not 'gpus'",
+    "cosine.warmup = '5 eopchs'": "cosine.warmup takes a number and one of",
+    "Experiment.duration = '50 percent'": "is what percentages are of",
+}
+
+
+@pytest.mark.parametrize("binding", BAD_BUILDS)
+def test_what_cannot_be_built_is_one_line(binding):
+    experiment = config.load([DIGITS], [binding])
+    assert BAD_BUILDS[binding] in message_of(lambda: training.build(experiment))
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    message = message_of(lambda: config.load_run(epath.Path(tmp_path)))
+    assert "is not the folder of a run" in message

@@ -1,0 +1,179 @@
+"""Costs: the paper's printed numbers, and those that can be worked out by hand."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import condconv
+from condconv import CondConv2D, CondDense, DepthwiseCondConv2D, Routing, count_cost
+from models import create_model
+from models.paper import PAPER
+
+PRINTED = [row for row in PAPER if row.multiply_adds]
+
+
+def printed_as(multiply_adds: int, millions: int) -> bool:
+    """Whether a count is printed so; the paper rounds, but 567.716 million it prints as 567."""
+    return millions in (round(multiply_adds / 1e6), multiply_adds // 10**6)
+
+
+@pytest.mark.parametrize("row", PRINTED, ids=lambda r: f"{r.model}-{r.num_experts}")
+def test_multiply_adds_are_those_the_paper_prints(row):
+    cost = count_cost(create_model(row.model, num_experts=row.num_experts))
+    assert printed_as(cost.multiply_adds, row.multiply_adds)
+    assert not cost.uncounted
+    assert sum(r.parameters for r in cost.rows) == cost.parameters
+    assert abs(sum(r.macs for r in cost.rows) - cost.macs) == 0
+    parts = sum(r.static + r.mixing + r.routing for r in cost.rows)
+    assert 0 <= cost.multiply_adds - parts < 3 * len(cost.rows)  # halves, rounded down row by row
+
+
+def test_mobilenet_v1_follows_rule_m_and_can_be_counted_by_the_other():
+    model = create_model("mobilenet_v1", num_experts=8)
+    by_m, by_r = count_cost(model), count_cost(model, rule="R")
+    assert (by_m.rule, by_r.rule) == ("M", "R")
+    assert by_m.static == 567_716_352  # slim's own total, the classifier left out
+    assert by_m.mixing == 8 * (3_053_824 + 1_024_000)
+    assert by_r.multiply_adds > by_m.multiply_adds
+    assert by_r.macs == by_m.macs == by_m.static + 1_024_000 + by_m.mixing + by_m.routing
+
+
+@pytest.mark.parametrize(
+    ("width", "num_experts", "millions"),
+    [(0.25, 8, 44.4), (0.25, 32, 55.4), (0.5, 32, 190.2), (0.75, 4, 334.6), (1.0, 32, 698.4)],
+)
+def test_the_count_follows_width_and_experts(width, num_experts, millions):
+    model = create_model("mobilenet_v1", width=width, num_experts=num_experts)
+    assert count_cost(model).multiply_adds / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def functional(*stack: keras.Layer, shape: tuple = (8, 8, 3)) -> keras.Model:
+    inputs = x = keras.Input(shape)
+    for layer in stack:
+        x = layer(x)
+    return keras.Model(inputs, x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "macs", "multiply_adds"),
+    [
+        (layers.Conv2D(5, 3), 36 * 27 * 5, 36 * 27 * 5 + 36 * 5 / 2),
+        (layers.Conv2D(6, 3, groups=3, use_bias=False), 36 * 9 * 6, 36 * 9 * 6),
+        (layers.Conv2D(4, 1, strides=2, use_bias=False, activation="silu"), 192, 192 + 32),
+        (layers.Conv2DTranspose(5, 3, use_bias=False), 64 * 27 * 5, 64 * 27 * 5),
+        (layers.DepthwiseConv2D(3, depth_multiplier=2, use_bias=False), 36 * 9 * 6, 36 * 9 * 6),
+        (layers.SeparableConv2D(5, 3, use_bias=False), 36 * (27 + 15), 36 * (27 + 15)),
+        (layers.Dense(7, use_bias=False), 64 * 21, 64 * 21),
+        (layers.GlobalAveragePooling2D(), 0, 64 * 3 / 2),
+        (layers.MaxPooling2D(2), 0, 4 * 16 * 3 / 2),
+        (layers.Activation("silu"), 0, 96),
+        (layers.Activation("relu"), 0, 0),
+        (layers.BatchNormalization(), 0, 0),
+        (layers.Rescaling(2.0), 0, 0),
+        # Mixing n·|W|; the layer's own routing c·n, its pooling 64·3/2 and its bias n/2.
+        (CondConv2D(5, 3, 4, use_bias=False), 36 * 135 + 4 * 135 + 12, 5400 + 12 + 96 + 2),
+        (
+            DepthwiseCondConv2D(3, 4, use_bias=False),
+            36 * 27 + 4 * 27 + 12,
+            36 * 27 + 4 * 27 + 12 + 96 + 2,
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_single_layers_by_hand(layer, macs, multiply_adds):
+    cost = count_cost(functional(layer))
+    assert cost.macs == macs
+    assert cost.multiply_adds == multiply_adds
+    assert cost.rule == "R"
+
+
+def test_a_conditional_dense_layer_by_hand():
+    cost = count_cost(functional(CondDense(5, 4), shape=(6,)))
+    assert (cost.macs_static, cost.macs_mixing, cost.macs_routing) == (30, 4 * 30, 24)
+    # The bias: mixed from four, then added; the routing's own bias.
+    assert (cost.static, cost.mixing, cost.routing) == (30 + 2, 4 * 30 + 4 * 5, 24 + 2)
+
+
+def test_a_residual_sum_costs_a_half_each_as_layer_and_as_operator():
+    inputs = keras.Input((4, 4, 2))
+    by_layer = keras.Model(inputs, layers.Add()([inputs, inputs, inputs]))
+    by_operator = keras.Model(inputs, inputs + inputs)
+    assert count_cost(by_layer).multiply_adds == 32
+    assert count_cost(by_operator).multiply_adds == 16
+
+
+def test_a_layer_used_twice_costs_twice_and_has_its_parameters_once():
+    conv = layers.Conv2D(3, 3, padding="same", use_bias=False)
+    inputs = keras.Input((8, 8, 3))
+    cost = count_cost(keras.Model(inputs, conv(conv(inputs))))
+    assert cost.macs == 2 * 64 * 81
+    assert cost.parameters == 81
+    assert [row.parameters for row in cost.rows] == [81]
+
+
+def test_models_in_models_are_counted_by_their_parts():
+    inner = functional(CondConv2D(3, 3, 2, padding="same"))
+    outer = keras.Sequential([keras.Input((8, 8, 3)), inner, layers.Flatten(), layers.Dense(2)])
+    cost = count_cost(outer)
+    assert cost.macs == count_cost(inner).macs + 192 * 2
+    assert not cost.uncounted
+    assert f"{inner.name}/{inner.layers[-1].name}" in [row.layer for row in cost.rows]
+
+
+class Stranger(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.routing = Routing(4)
+        self.conv = CondConv2D(8, 3, 4, padding="same", use_bias=False)
+        self.head = layers.Dense(3, use_bias=False)
+
+    def call(self, inputs):
+        x = self.conv(inputs, self.routing(inputs))
+        return self.head(ops.mean(x, axis=(1, 2)))
+
+
+def test_a_strangers_subclassed_model_is_counted_and_what_cannot_be_seen_is_named():
+    model = Stranger()
+    with pytest.raises(ValueError, match="not built"):
+        count_cost(model)
+    model(np.zeros((2, 8, 8, 3), "float32"))
+    with pytest.warns(UserWarning, match="arithmetic in the call of Stranger"):
+        cost = count_cost(model)
+    assert cost.macs == 64 * 27 * 8 + 4 * 27 * 8 + 12 + 24
+    assert cost.uncounted == ("arithmetic in the call of Stranger itself",)
+    with pytest.warns(UserWarning, match="not counted"):
+        larger = count_cost(model, image_size=16)
+    assert larger.macs_static == 4 * 64 * 27 * 8 + 24
+
+
+def test_an_unknown_layer_is_never_silently_free():
+    inputs = keras.Input((4, 8))
+    model = keras.Model(inputs, layers.MultiHeadAttention(2, 4)(inputs, inputs))
+    with pytest.warns(UserWarning, match="MultiHeadAttention"):
+        cost = count_cost(model)
+    assert any("EinsumDense" in entry for entry in cost.uncounted)
+
+
+def test_an_open_image_size_has_to_be_given():
+    model = create_model("mobilenet_v1", width=0.25, image_size=None)
+    with pytest.raises(ValueError, match="pass image_size"):
+        count_cost(model)
+    fixed = create_model("mobilenet_v1", width=0.25, image_size=128)
+    assert count_cost(model, image_size=128) == count_cost(fixed)
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match="rule takes one of R, M, not 'X'"):
+        count_cost(functional(layers.Flatten()), rule="X")
+
+
+def test_counting_leaves_the_model_as_it_was():
+    model = functional(CondConv2D(3, 3, 2, padding="same"))
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype("float32")
+    before = np.asarray(model(images))
+    first, second = count_cost(model), count_cost(model)
+    assert first == second
+    np.testing.assert_array_equal(np.asarray(model(images)), before)
+    assert not any("call" in vars(layer) for layer in model.layers)
+    assert isinstance(first, condconv.Cost)

@@ -1,0 +1,266 @@
+"""The networks: equal to the authors' graphs, and to the published numbers of parameters."""
+
+import functools
+import inspect
+
+import authors_graph
+import keras
+import numpy as np
+import pytest
+
+import condconv
+from condconv.layers import Logits
+from models import MODELS, create_model, list_models, released
+from models.paper import PAPER
+
+PARAMETERS = {
+    ("mobilenet_v1", 0): 4_231_976,
+    ("mobilenet_v2", 0): 3_504_872,
+    ("mnasnet_a1", 0): 3_887_038,
+    ("efficientnet_b0", 0): 5_288_548,
+    ("resnet50", 0): 25_557_032,
+    ("efficientnet_b0", 4): 13_314_116,
+    ("efficientnet_b0", 8): 24_013_284,
+    ("efficientnet_b0_depth", 0): 7_794_184,
+    ("efficientnet_b0_depth", 8): 39_715_968,
+}
+
+TINY = {"width": 0.1, "num_classes": 7, "image_size": 32}
+
+
+@functools.cache
+def tiny(name: str, num_experts: int) -> keras.Model:
+    return create_model(name, num_experts=num_experts, **TINY)
+
+
+def trainable(model: keras.Model) -> int:
+    return sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+
+
+@pytest.mark.parametrize(("name", "num_experts"), PARAMETERS)
+def test_parameters_are_those_published(name, num_experts):
+    model = create_model(name, num_experts=num_experts)
+    assert trainable(model) == PARAMETERS[name, num_experts]
+
+
+def test_every_static_network_has_a_golden_number():
+    assert {name for name, num_experts in PARAMETERS if num_experts == 0} == set(list_models())
+
+
+GRAPHS = {
+    "efficientnet-b0": ("efficientnet_b0", {}),
+    "efficientnet-condconv-b0-4e": ("efficientnet_b0", {"num_experts": 4}),
+    "mobilenet-v1-25": ("mobilenet_v1", {"width": 0.25, "num_classes": 1001}),
+}
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_logits_are_those_of_the_authors_graph(graph):
+    name, arguments = GRAPHS[graph]
+    authors = authors_graph.load(graph)
+    model = create_model(name, **arguments)
+    names = released.tf1_names(model, authors.scope)
+    released.assign(model, authors.variables, names)
+    largest = np.abs(authors.logits).max()
+    pixels = np.asarray(model(authors.images))
+    floats = np.asarray(model(authors.images.astype("float32")))
+    assert np.abs(pixels - authors.logits).max() <= 1e-4 * largest
+    np.testing.assert_array_equal(pixels, floats)
+    for block, weights in authors.routing.items():
+        routing = model.get_layer(f"block{block + 1}_routing").output
+        got = np.asarray(keras.Model(model.input, routing)(authors.images))
+        np.testing.assert_allclose(got, weights, atol=1e-5)
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing_and_says_why():
+    authors = authors_graph.load("mobilenet-v1-25")
+    model = create_model("mobilenet_v1", width=0.25, num_classes=1000)
+    before = [np.asarray(v) for v in model.variables]
+    values = dict(authors.variables)
+    del values["MobilenetV1/Conv2d_0/weights"]
+    values["MobilenetV1/Conv2d_0/weihgts"] = np.zeros(1, "float32")
+    with pytest.raises(ValueError) as error:
+        released.assign(model, values, released.tf1_names(model, authors.scope))
+    message = str(error.value)
+    assert "missing: MobilenetV1/Conv2d_0/weights" in message
+    assert "left over: MobilenetV1/Conv2d_0/weihgts" in message
+    assert "misshapen: MobilenetV1/Logits/Conv2d_1c_1x1/weights has (1, 1, 256, 1001)" in message
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(np.asarray(variable), value)
+
+
+@pytest.mark.parametrize("num_experts", [0, 2])
+@pytest.mark.parametrize("name", list_models())
+def test_every_network_maps_pixels_to_float32_logits_and_every_weight_matters(name, num_experts):
+    tf = pytest.importorskip("tensorflow")
+    # At 64 pixels the last maps are 2×2; on a single pixel batch norm would hide what it gets.
+    model = create_model(name, **TINY | {"image_size": 64}, num_experts=num_experts)
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    with tf.GradientTape() as tape:
+        logits = model(images, training=True)
+        loss = tf.reduce_sum(logits**2)
+    assert logits.shape == (3, 7)
+    assert logits.dtype == "float32"
+    gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+    assert all(gradient is not None for gradient in gradients)
+    conditional = [layer for layer in model.layers if isinstance(layer, condconv.Routing)]
+    assert bool(conditional) == bool(num_experts)
+
+
+def conditional_layers(model: keras.Model) -> set[str]:
+    kinds = (condconv.CondConv2D, condconv.DepthwiseCondConv2D, condconv.CondDense)
+    return {layer.name for layer in model.layers if isinstance(layer, kinds)}
+
+
+def blocks(model: keras.Model) -> set[int]:
+    names = conditional_layers(model)
+    return {int(n.split("_")[0].removeprefix("block")) for n in names if n.startswith("block")}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last", "others"),
+    [
+        ("mobilenet_v1", 6, 13, {"classifier"}),
+        ("mobilenet_v2", 2, 17, {"head_conv", "classifier"}),
+        ("mnasnet_a1", 11, 16, set()),
+        ("efficientnet_b0", 9, 16, set()),
+        ("efficientnet_b0_depth", 13, 23, set()),
+        ("resnet50", 14, 16, set()),
+    ],
+)
+def test_conditional_layers_are_where_the_paper_has_them(name, first, last, others):
+    model = tiny(name, 2)
+    assert blocks(model) == set(range(first, last + 1))
+    assert {n for n in conditional_layers(model) if not n.startswith("block")} == others
+
+
+def test_all_convolutions_of_a_block_share_one_routing_of_its_input():
+    model = tiny("efficientnet_b0", 2)
+    routing = model.get_layer("block10_routing")
+    assert routing.input is model.get_layer("block10_expand").input[0]
+    for part in ("expand", "depthwise", "project"):
+        assert model.get_layer(f"block10_{part}").input[1] is routing.output
+
+
+def test_the_stem_the_head_and_no_block_can_be_conditional():
+    stem = create_model("mobilenet_v1", num_experts=2, first_condconv_block=0, **TINY)
+    assert "stem_conv" in conditional_layers(stem)
+    assert blocks(stem) == set(range(1, 14))
+    only_classifier = create_model("mobilenet_v1", num_experts=2, first_condconv_block=14, **TINY)
+    assert conditional_layers(only_classifier) == {"classifier"}
+    head = create_model("efficientnet_b0", num_experts=2, condconv_head=True, **TINY)
+    assert "head_conv" in conditional_layers(head)
+
+
+def test_a_conditional_classifier_routes_before_dropout():
+    model = tiny("mobilenet_v2", 2)
+    assert model.get_layer("classifier_routing").input is model.get_layer("pool").output
+    assert model.get_layer("classifier").input[0] is model.get_layer("dropout").output
+
+
+def test_survival_falls_linearly_by_the_official_rule():
+    model = tiny("efficientnet_b0", 0)
+    assert model.get_layer("block16_project")
+    for block, survival in ((3, 0.975), (10, 0.8875), (15, 0.825)):
+        assert model.get_layer(f"block{block}_survival").survival == pytest.approx(survival)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_experts", "mean", "deviation"),
+    [
+        ("efficientnet_b0", 0, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+        ("efficientnet_b0", 2, (127,) * 3, (128,) * 3),
+        ("mobilenet_v1", 2, (127.5,) * 3, (127.5,) * 3),
+        ("mobilenet_v2", 0, (127.5,) * 3, (127.5,) * 3),
+        ("mnasnet_a1", 2, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+        ("resnet50", 2, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    ],
+)
+def test_the_network_normalises_as_its_recipe_does(name, num_experts, mean, deviation):
+    layer = tiny(name, num_experts).get_layer("normalization")
+    assert (layer.mean, layer.deviation) == (mean, deviation)
+
+
+def test_a_normalisation_of_ones_own():
+    model = create_model("resnet50", normalization=((1, 2, 3), (4, 5, 6)), **TINY)
+    assert model.get_layer("normalization").mean == (1, 2, 3)
+
+
+def test_mixed_precision_keeps_pixels_and_logits_in_float32():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = create_model("mobilenet_v1", num_experts=2, **TINY)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert model.get_layer("normalization").output.dtype == "float32"
+    assert model.get_layer("block8_pointwise").output.dtype == "bfloat16"
+    assert model.get_layer("block8_routing").output.dtype == "float32"
+    assert model.output.dtype == "float32"
+    assert np.asarray(model(np.zeros((2, 32, 32, 3), np.uint8))).dtype == "float32"
+
+
+def test_a_saved_network_is_the_same_and_keeps_its_rule(tmp_path):
+    model = tiny("mobilenet_v1", 2)
+    model.save(tmp_path / "network.keras")
+    again = keras.models.load_model(tmp_path / "network.keras", safe_mode=True)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    np.testing.assert_array_equal(np.asarray(model(images)), np.asarray(again(images)))
+    assert condconv.count_cost(again) == condconv.count_cost(model)
+    assert [v.path for v in again.weights] == [v.path for v in model.weights]
+
+
+def test_an_open_image_size():
+    model = create_model("mobilenet_v1", **TINY | {"image_size": None})
+    assert model(np.zeros((1, 40, 48, 3), np.uint8)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("padding", ["same", "symmetric", "fixed"])
+def test_paddings_differ_only_where_strides_are(padding):
+    model = create_model("resnet50", padding=padding, **TINY)
+    pads = {layer.name: layer.padding for layer in model.layers if layer.name.endswith("_pad")}
+    if padding == "same":
+        assert not pads
+    else:
+        assert pads["stem_conv_pad"] == ((3, 3), (3, 3))
+        assert pads["block4_conv_pad"] == ((1, 1), (1, 1))
+        assert ("stem_pool_pad" in pads) == (padding == "symmetric")
+    assert model.get_layer("stem_pool").output.shape[1:3] == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "mobilenet_v9"}, "unknown model 'mobilenet_v9'; did you mean 'mobilenet_v"),
+        ({"widht": 2}, "mobilenet_v1 has no argument 'widht'; did you mean 'width'"),
+        ({"num_experts": -1}, r"num_experts takes 0 \(static\) or a positive integer, not -1"),
+        ({"first_condconv_block": 15}, "first_condconv_block takes a block from 1 to 13"),
+        ({"num_classes": 0}, "num_classes takes"),
+        ({"dropout": 1.0}, "dropout takes"),
+        ({"normalization": "imagnet"}, "normalization takes one of imagenet, condconv"),
+        ({"padding": "valid"}, "padding takes one of same, symmetric, fixed"),
+        ({"image_size": 0}, "image_size takes"),
+        ({"batch_norm_momentum": 1.0}, "batch_norm_momentum takes"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(**{"name": "mobilenet_v1", **TINY, **arguments})
+
+
+def test_factories_take_keywords_only_and_document_themselves():
+    for name, factory in MODELS.items():
+        parameters = inspect.signature(factory).parameters.values()
+        assert all(p.kind is p.KEYWORD_ONLY for p in parameters), name
+        assert factory.__doc__
+
+
+def test_the_paper_is_quoted_for_every_network():
+    assert {row.model for row in PAPER} == set(list_models())
+
+
+def test_only_registered_layers_are_used():
+    """A saved network loads with Keras and condconv alone."""
+    for name in list_models():
+        for layer in tiny(name, 2).layers:
+            assert type(layer).__module__.split(".")[0] in ("keras", "condconv")
+    assert keras.saving.get_registered_name(Logits) == "condconv>Logits"

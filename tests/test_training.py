@@ -1,0 +1,366 @@
+"""Training and evaluation as a whole, on a network so small that a step takes no time."""
+
+import dataclasses
+import json
+import signal
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from etils import epath
+
+from condconv import CondConv2D, CondDense
+from condconv.engine import checkpoints, config, evaluation, optimization, training
+from condconv.engine.errors import RunError, UsageError
+from condconv.engine.experiment import Experiment
+from condconv.engine.telemetry import read_metrics
+from condconv.normalization import BatchNormalization, PixelNormalization
+from condconv.stochastic import Dropout, StochasticDepth
+from data.pipeline import Pipeline, Split
+
+NUM_EXAMPLES = {"train": 40, "minival": 7, "test": 23}
+
+
+def stripes(image_size: int = 6) -> Pipeline:
+    """Images of noise with a bright row; the class is which."""
+    rng = np.random.default_rng(0)
+    splits = {}
+    for name, count in NUM_EXAMPLES.items():
+        labels = np.arange(count) % 3
+        images = rng.integers(0, 100, (count, image_size, image_size, 3), np.uint8)
+        images[np.arange(count), labels] = 255
+        splits[name] = Split(count, reader(images, labels))
+    return Pipeline("stripes", 3, splits, lambda image, seed: image)
+
+
+def reader(images, labels):
+    return lambda index: {
+        "image": tf.ensure_shape(tf.gather(images, index), images.shape[1:]),
+        "label": tf.gather(labels.astype(np.int64), index),
+    }
+
+
+def network(num_classes: int, filters: int = 4) -> keras.Model:
+    inputs = keras.Input((6, 6, 3))
+    x = PixelNormalization((60,) * 3, (60,) * 3, name="normalization")(inputs)
+    x = CondConv2D(filters, 3, 2, padding="same", use_bias=False, name="conv")(x)
+    x = BatchNormalization(momentum=0.5, name="bn")(x)
+    x = keras.layers.ReLU()(x)
+    x = StochasticDepth(0.9, name="survival")(x)
+    x = keras.layers.Flatten()(x)
+    x = Dropout(0.2, name="dropout")(x)
+    return keras.Model(inputs, CondDense(num_classes, 2, name="classifier")(x), name="tiny")
+
+
+def experiment(**changes) -> Experiment:
+    settings = {
+        "model": network,
+        "data": stripes,
+        "optimizer": optimization.rmsprop,
+        "schedule": lambda clock: optimization.cosine(clock, 0.5, "2 steps"),
+        "duration": "20 steps",
+        "batch_size": 8,
+        "label_smoothing": 0.1,
+        "weight_decay": 1e-3,
+        "ema_decay": 0.9,
+        "selection_split": "minival",
+        "eval_split": "test",
+        "log_every": "5 steps",
+        "evaluate_every": "10 steps",
+        "checkpoint_every": "10 steps",
+        "steps_per_call": 3,
+    }
+    return Experiment(**settings | changes)
+
+
+@pytest.fixture(autouse=True)
+def no_config():
+    config._forget()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> epath.Path:
+    config._forget()
+    workdir = epath.Path(tmp_path_factory.mktemp("runs")) / "trained"
+    assert training.train(experiment(), workdir) == 0
+    return workdir
+
+
+def state(workdir: epath.Path) -> dict[str, np.ndarray]:
+    return checkpoints.Checkpoints(workdir).load_last()[1]
+
+
+def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.gin", "operative_config.gin", "environment.json", "metrics.jsonl"} <= names
+    assert {"tensorboard", "checkpoints"} <= names
+    environment = json.loads((trained / "environment.json").read_text())
+    assert {"python", "keras", "tensorflow", "devices", "commit", "seed"} <= environment.keys()
+    assert any((trained / "tensorboard").iterdir())
+    assert not [path for path in trained.iterdir() if path.name.endswith(".part")]
+
+
+def test_metrics_have_a_line_for_each_log_and_evaluation(trained):
+    metrics = read_metrics(trained)
+    assert [m["step"] for m in metrics if "train_loss" in m] == [5, 10, 15, 20]
+    evaluations = [m for m in metrics if "minival_top1" in m]
+    assert [m["step"] for m in evaluations] == [10, 20]
+    assert {"minival_top5", "minival_loss", "minival_images"} <= evaluations[0].keys()
+    assert all(m["minival_images"] == 7 for m in evaluations)
+    logged = metrics[0]
+    assert {"epoch", "train_top1", "train_objective", "learning_rate"} <= logged.keys()
+    assert logged["epoch"] == 1.0
+    # The objective adds smoothing and weight decay to the loss.
+    assert all(m["train_objective"] > m["train_loss"] for m in metrics if "train_loss" in m)
+
+
+def test_it_learns(tmp_path):
+    workdir = epath.Path(tmp_path) / "run"
+    training.train(experiment(duration="120 steps", evaluate_every="120 steps"), workdir)
+    result = evaluation.evaluate_run(experiment(), workdir)
+    assert result["top1"] > 0.9
+
+
+def test_evaluation_gives_the_promised_keys_and_the_same_numbers_twice(trained):
+    first, second = (evaluation.evaluate_run(experiment(), trained) for _ in range(2))
+    assert first == second
+    assert set(first) == {
+        "top1", "top5", "loss", "images", "parameters", "multiply_adds", "macs",
+        "dataset", "split", "step", "weights",
+    }  # fmt: skip
+    assert (first["dataset"], first["split"], first["step"]) == ("stripes", "test", 20)
+    assert first["images"] == 23
+    assert first["weights"] == "ema"
+    assert first["top5"] == 1.0  # of three classes
+
+
+@pytest.mark.parametrize("eval_batch_size", [1, 5, 23, 64])
+def test_evaluation_does_not_depend_on_the_batch(trained, eval_batch_size):
+    plain = evaluation.evaluate_run(experiment(), trained)
+    result = evaluation.evaluate_run(experiment(eval_batch_size=eval_batch_size), trained)
+    assert (result["top1"], result["images"]) == (plain["top1"], 23)
+    assert result["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+
+
+def test_evaluation_agrees_with_numpy(trained):
+    arrays = state(trained)
+    model = network(3)
+    for variable in model.variables:
+        name = f"average/{variable.path}"
+        if name in arrays:
+            variable.assign(arrays[name])
+    images, labels = zip(
+        *[(b["image"][0], b["label"][0]) for b in stripes().eval_batches("test", batch_size=1)],
+        strict=True,
+    )
+    logits = np.asarray(model(np.stack(images)), np.float64)
+    top1 = np.mean(logits.argmax(-1) == np.stack(labels))
+    log_total = np.log(np.exp(logits).sum(-1))
+    loss = np.mean(log_total - logits[np.arange(23), np.stack(labels)])
+    result = evaluation.evaluate_run(experiment(), trained)
+    assert result["top1"] == top1
+    assert result["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_raw_and_averaged_weights_differ_and_are_told_apart(trained):
+    averaged = evaluation.evaluate_run(experiment(), trained, ema=True)
+    raw = evaluation.evaluate_run(experiment(), trained, ema=False)
+    assert (averaged["weights"], raw["weights"]) == ("ema", "raw")
+    assert averaged["loss"] != raw["loss"]
+
+
+def test_best_is_the_best_on_the_selection_split(trained):
+    scores = {m["step"]: m["minival_top1"] for m in read_metrics(trained) if "minival_top1" in m}
+    step, score = checkpoints.Checkpoints(trained).best()
+    assert score == max(scores.values()) == scores[step]
+    assert evaluation.evaluate_run(experiment(), trained, "best")["step"] == step
+
+
+def test_a_second_call_goes_on_and_ends_with_the_same_weights(tmp_path, trained):
+    whole = epath.Path(tmp_path) / "two_calls"
+    stopped = dataclasses.replace(experiment(), steps_per_call=1)
+
+    class Stop(Exception):
+        pass
+
+    save = checkpoints.Checkpoints.save
+
+    def save_and_stop(self, step, values):
+        save(self, step, values)
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, "save", save_and_stop)
+        with pytest.raises(Stop):
+            training.train(stopped, whole)
+    assert checkpoints.Checkpoints(whole).steps() == [10]
+    assert training.train(experiment(), whole) == 0
+    assert same(state(whole), state(trained))
+    steps = [m["step"] for m in read_metrics(whole) if "train_loss" in m]
+    assert steps == [5, 10, 15, 20]
+
+
+def test_a_finished_run_is_left_alone(trained, capsys):
+    before = state(trained)
+    assert training.train(experiment(), trained) == 0
+    assert "already trained to step 20" in capsys.readouterr().err
+    assert same(state(trained), before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_call_goes_on(tmp_path, trained, number, capsys):
+    workdir = epath.Path(tmp_path) / "run"
+    make_steps = training.make_steps
+
+    def interrupted(run):
+        steps = make_steps(run)
+
+        def call(batches, first, count):
+            if first == 3:
+                signal.raise_signal(number)
+            return steps(batches, first, count)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_steps", interrupted)
+        assert training.train(experiment(), workdir) == 128 + number
+    assert "the same command goes on" in capsys.readouterr().err
+    assert checkpoints.Checkpoints(workdir).steps() == [5]
+    assert training.train(experiment(), workdir) == 0
+    assert same(state(workdir), state(trained))
+
+
+def test_another_seed_gives_other_weights_and_the_same_seed_the_same(tmp_path, trained):
+    root = epath.Path(tmp_path)
+    training.train(experiment(), root / "again")
+    training.train(experiment(seed=1), root / "other")
+    assert same(state(root / "again"), state(trained))
+    assert not same(state(root / "other"), state(trained))
+
+
+def test_steps_per_call_change_nothing(tmp_path, trained):
+    workdir = epath.Path(tmp_path) / "run"
+    training.train(experiment(steps_per_call=1), workdir)
+    assert same(state(workdir), state(trained))
+
+
+def test_a_workdir_of_another_experiment_is_refused(tmp_path):
+    (tmp_path / "config.gin").write_text("Experiment.seed = 3\n")
+    with pytest.raises(UsageError, match="Experiment.seed: 3 there, not bound here"):
+        training.train(experiment(), epath.Path(tmp_path))
+
+
+def test_an_unwritable_workdir_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written to"):
+        training.train(experiment(), epath.Path(tmp_path) / "file" / "run")
+
+
+def test_a_checkpoint_of_another_model_names_the_first_differences(trained):
+    wider = experiment(model=lambda num_classes: network(num_classes, filters=8))
+    with pytest.raises(UsageError) as error:
+        evaluation.evaluate_run(wider, trained)
+    message = str(error.value)
+    assert "the checkpoint of step 20 does not fit this model" in message
+    assert "conv/kernel is (2, 3, 3, 3, 4) in the checkpoint and (2, 3, 3, 3, 8) here" in message
+    assert "more" in message
+
+
+def test_an_empty_split_is_refused(trained):
+    def empty() -> Pipeline:
+        images, labels = np.zeros((1, 6, 6, 3), np.uint8), np.zeros(1, np.int64)
+        return Pipeline("stripes", 3, {"test": Split(0, reader(images, labels))}, None)
+
+    with pytest.raises(UsageError, match="the split 'test' of stripes is empty"):
+        evaluation.evaluate_run(experiment(data=empty), trained)
+
+
+@pytest.mark.parametrize("name", ["7", "nonsense", "/nowhere/000000010"])
+def test_a_checkpoint_that_is_not_there_is_named(trained, name):
+    with pytest.raises(UsageError, match="no checkpoint"):
+        evaluation.evaluate_run(experiment(), trained, name)
+
+
+def test_a_checkpoint_by_step_and_by_path(trained):
+    by_step = evaluation.evaluate_run(experiment(), trained, "10")
+    by_path = evaluation.evaluate_run(
+        experiment(), trained, str(trained / "checkpoints" / "000000010")
+    )
+    assert by_step == by_path
+    assert by_step["step"] == 10
+
+
+def test_ema_without_averages_is_refused(tmp_path):
+    workdir = epath.Path(tmp_path) / "run"
+    plain = experiment(ema_decay=0.0, duration="4 steps", selection_split=None)
+    training.train(plain, workdir)
+    with pytest.raises(UsageError, match="has no averaged weights"):
+        evaluation.evaluate_run(plain, workdir, ema=True)
+    assert evaluation.evaluate_run(plain, workdir)["weights"] == "raw"
+    with pytest.raises(UsageError, match="has no best checkpoint"):
+        evaluation.evaluate_run(plain, workdir, "best")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, trained, damage):
+    kept = checkpoints.Checkpoints(epath.Path(tmp_path))
+    for step in (10, 20):
+        kept.save(step, {"a": np.full(100, step, np.float32)})
+    path = tmp_path / "checkpoints" / "000000020" / "state.safetensors"
+    content = bytearray(path.read_bytes())
+    if damage == "truncate":
+        content = content[:-7]
+    else:
+        content[-3] ^= 1
+    path.write_bytes(content)
+    step, arrays = kept.load_last()
+    assert (step, arrays["a"][0]) == (10, 10.0)
+    with pytest.raises(UsageError, match="is damaged"):
+        kept.load(20)
+
+
+def test_without_a_manifest_there_is_no_checkpoint(tmp_path):
+    kept = checkpoints.Checkpoints(epath.Path(tmp_path), keep=2)
+    for step in (1, 2, 3, 4):
+        kept.save(step, {"a": np.zeros(1)})
+        if step == 1:
+            kept.mark_best(1, 0.5)
+    assert kept.steps() == [1, 3, 4]
+    (tmp_path / "checkpoints" / "000000004" / "manifest.json").unlink()
+    assert kept.load_last()[0] == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    def exploding(clock):
+        return optimization.cosine(clock, 1e30, "0 steps")
+
+    with pytest.raises(RunError, match="the loss is not finite .step"):
+        training.train(experiment(schedule=exploding), epath.Path(tmp_path) / "run")
+
+
+def test_bfloat16_trains_with_float32_weights(tmp_path):
+    workdir = epath.Path(tmp_path) / "run"
+    training.train(experiment(precision="mixed_bfloat16", duration="6 steps"), workdir)
+    assert all(v.dtype != np.uint16 for v in state(workdir).values())
+    assert state(workdir)["model/conv/kernel"].dtype == np.float32
+    assert keras.config.dtype_policy().name == "float32"
+
+
+def test_evaluation_that_misses_an_example_fails():
+    class Short(Pipeline):
+        def eval_batches(self, split, *, batch_size):
+            return super().eval_batches(split, batch_size=batch_size).take(1)
+
+    whole = stripes()
+    short = Short(whole.name, 3, whole.splits, whole.augment)
+    evaluator = evaluation.Evaluator(network(3), short, 8, tf.distribute.get_strategy())
+    with pytest.raises(
+        RunError, match="saw 8 examples, 8 of them different, instead of each of 23"
+    ):
+        evaluator("test")
