@@ -58,11 +58,11 @@ class Style:
             official ResNet has it.
     """
 
-    activation: str
-    kernel_initializer: Any
-    batch_norm_momentum: float
-    batch_norm_epsilon: float
-    padding: str
+    activation: str = "relu"
+    kernel_initializer: Any = "he_normal"
+    batch_norm_momentum: float = 0.99
+    batch_norm_epsilon: float = 1e-3
+    padding: str = "same"
 
     def __post_init__(self):
         if self.padding not in PADDINGS:

@@ -66,21 +66,21 @@ class Network:
 
     name: str
     stages: tuple[Stage, ...]
-    style: Style
+    style: Style = Style()
     stem_filters: int
     stem_kernel_size: int = 3
     stem_pool: bool = False
     head_filters: int = 0
-    classifier_initializer: Any
-    num_classes: int
-    num_experts: int
-    first_condconv_block: int
+    classifier_initializer: Any = "glorot_uniform"
+    num_classes: int = 1000
+    num_experts: int = 0
+    first_condconv_block: int = 1
     condconv_head: bool = False
-    condconv_classifier: bool
-    image_size: int | None
-    dropout: float
+    condconv_classifier: bool = False
+    image_size: int | None = 224
+    dropout: float = 0.0
     survival: float = 1.0
-    normalization: Normalization
+    normalization: Normalization = "imagenet"
     cost_rule: str = "R"
 
     def __post_init__(self):

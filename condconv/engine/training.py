@@ -207,44 +207,23 @@ def _loop(
         for name in ("log_every", "evaluate_every", "checkpoint_every")
     }
     run_steps, batches = make_steps(run), iter(train_batches(run, step))
-    evaluator = _evaluator(run)
-    sums, window, began = _Sums(), step, time.monotonic()
+    evaluator, window = _evaluator(run), _Window(run, step)
     while step < total and not caught:
-        due = min(period - step % period for period in periods.values())
-        count = min(due, experiment.steps_per_call, total - step)
-        sums.add(run_steps(batches, step, count))
+        until_due = min(period - step % period for period in periods.values())
+        count = min(until_due, experiment.steps_per_call, total - step)
+        window.add(run_steps(batches, step, count))
         step += count
-        last = step == total
-        if last or step % periods["log_every"] == 0:
-            rate = (step - window) * experiment.batch_size / (time.monotonic() - began)
-            values = sums.means(f"step {step}, learning rate {_rate(run, step)}", kept.steps())
-            told.record(
-                step,
-                {
-                    "epoch": step * experiment.batch_size / run.clock.num_examples,
-                    **values,
-                    "learning_rate": _rate(run, step),
-                    "images_per_second": rate,
-                },
-            )
-            sums, window, began = _Sums(), step, time.monotonic()
-        paused = time.monotonic()
-        best = False
-        if last or step % periods["evaluate_every"] == 0:
-            best = _evaluate(run, evaluator, told, kept, step)
-        if last or best or caught or step % periods["checkpoint_every"] == 0:
-            kept.save(step, {name: _value(v) for name, v in run.variables().items()})
-        if best is not False:
-            kept.mark_best(step, best)
-        began += time.monotonic() - paused
-
-
-def _rate(run: Run, step: int) -> float:
-    return float(run.schedule(step))
-
-
-def _value(variable: Any) -> np.ndarray:
-    return np.asarray(variable.numpy())
+        due = {n for n, period in periods.items() if step % period == 0 or step == total}
+        if "log_every" in due:
+            told.record(step, window.close(step, kept.steps()))
+        with window.paused():
+            best = None
+            if "evaluate_every" in due:
+                best = _evaluate(run, evaluator, told, kept, step)
+            if "checkpoint_every" in due or best is not None or caught:
+                kept.save(step, {n: np.asarray(v.numpy()) for n, v in run.variables().items()})
+            if best is not None:
+                kept.mark_best(step, best)
 
 
 def _evaluator(run: Run) -> Callable[[str], Predictions]:
@@ -258,8 +237,8 @@ def _evaluate(
     told: telemetry.Telemetry,
     kept: checkpoints.Checkpoints,
     step: int,
-) -> float | bool:
-    """Evaluates and tells; returns the score if it is the best so far, else False.
+) -> float | None:
+    """Evaluates and tells; returns the score if it is the best so far.
 
     Without a split to select by, the reported one is evaluated to be seen, and chooses nothing.
     """
@@ -270,31 +249,57 @@ def _evaluate(
     told.record(step, {f"{prefix}_{name}": value for name, value in result.items()}, notable=True)
     best = kept.best()
     better = selection and (best is None or best[0] > step or result["top1"] > best[1])
-    return result["top1"] if better else False
+    return result["top1"] if better else None
 
 
-class _Sums:
-    """Adds up what the steps of a window return."""
+class _Window:
+    """What happened since the last line of the log."""
 
-    def __init__(self):
+    def __init__(self, run: Run, step: int):
+        self._run = run
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        self._start, self._began = step, time.monotonic()
         self._sums: dict[str, float] = {}
 
     def add(self, sums: dict[str, tf.Tensor]) -> None:
+        """Adds what some steps returned."""
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
-    def means(self, where: str, checkpoint_steps: list[int]) -> dict[str, float]:
-        """Returns the mean of each sum over the examples.
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps time that is spent on other things out of the throughput."""
+        paused = time.monotonic()
+        yield
+        self._began += time.monotonic() - paused
+
+    def close(self, step: int, checkpoint_steps: list[int]) -> dict[str, float]:
+        """Returns what to log at ``step``, and begins anew.
 
         Raises:
             RunError: if a loss is no longer a finite number.
         """
+        batch_size, clock = self._run.experiment.batch_size, self._run.clock
+        rate = float(self._run.schedule(step))
         examples = self._sums.pop("examples")
         means = {f"train_{name}": value / examples for name, value in self._sums.items()}
         if not all(np.isfinite(value) for value in means.values()):
             saved = checkpoint_steps[-1] if checkpoint_steps else "none"
-            raise RunError(f"the loss is not finite ({where}); last checkpoint: {saved}")
-        return means
+            raise RunError(
+                f"the loss is not finite (step {step}, learning rate {rate:.4g}); "
+                f"last checkpoint: {saved}"
+            )
+        seconds = time.monotonic() - self._began
+        values = {
+            "epoch": step * batch_size / clock.num_examples,
+            **means,
+            "learning_rate": rate,
+            "images_per_second": (step - self._start) * batch_size / seconds,
+        }
+        self._open(step)
+        return values
 
 
 def train_batches(run: Run, start: int) -> Any:
