@@ -2,8 +2,11 @@
 # make test         the default tests
 # make venv         only the environment, .venv
 
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-deps
 RUNS := runs/quickstart
 export TF_CPP_MIN_LOG_LEVEL := 3
 
@@ -40,8 +43,9 @@ venv: .venv/installed
 	  { echo "needs Python's venv module: install the package python3-venv"; exit 2; }
 	$(PYTHON) -m venv --clear .venv
 	@echo "installing about 90 packages, 2 GB, from requirements.lock; this takes a minute or two"
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar=off --require-hashes --no-deps -r requirements.lock | sed -u -n 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing.*/installing …/p'
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	$(PIP) --progress-bar=off --require-hashes -r requirements.lock \
+	  | sed -u -n 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing.*/installing them …/p'
+	$(PIP) --quiet --no-build-isolation --editable .
 	@touch $@
 
 # Needs uv (pip install uv): the locks hold hashes for every supported Python and no index.

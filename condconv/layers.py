@@ -51,7 +51,12 @@ def _constrain_each_expert(constraint: Any) -> Callable[[Tensor], Tensor] | None
     constraint = constraints.get(constraint)
     if constraint is None:
         return None
-    return lambda experts: ops.stack([constraint(expert) for expert in ops.unstack(experts)])
+
+    def constrain(experts: Tensor) -> Tensor:
+        each = ops.unstack(ops.convert_to_tensor(experts))
+        return ops.stack([constraint(expert) for expert in each])
+
+    return constrain
 
 
 def _pair(value: int | tuple[int, int], name: str, allow_zero: bool = False) -> tuple[int, int]:
@@ -119,6 +124,7 @@ class Routing(keras.layers.Layer):
             shape=(input_shape[axis], self.num_experts),
             initializer=self.kernel_initializer,
             regularizer=self.kernel_regularizer,
+            autocast=False,
         )
         self.bias = None
         if self.use_bias:
@@ -127,6 +133,7 @@ class Routing(keras.layers.Layer):
                 shape=(self.num_experts,),
                 initializer=self.bias_initializer,
                 regularizer=self.bias_regularizer,
+                autocast=False,
             )
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -238,6 +245,7 @@ class _Conditional(keras.layers.Layer):
             initializer=_each_expert(self.kernel_initializer),
             regularizer=self.kernel_regularizer,
             constraint=_constrain_each_expert(self.kernel_constraint),
+            autocast=False,
         )
         self.bias = None
         if self.use_bias:
@@ -247,6 +255,7 @@ class _Conditional(keras.layers.Layer):
                 initializer=_each_expert(self.bias_initializer),
                 regularizer=self.bias_regularizer,
                 constraint=_constrain_each_expert(self.bias_constraint),
+                autocast=False,
             )
 
     def call(
@@ -266,11 +275,8 @@ class _Conditional(keras.layers.Layer):
         """
         if routing_weights is None:
             routing_weights = self._own_routing(inputs)
-        elif routing_weights.shape[-1] != self.num_experts or len(routing_weights.shape) != 2:
-            raise ValueError(
-                f"{self.name} takes routing weights of shape (batch, {self.num_experts}). "
-                f"Received: shape {tuple(routing_weights.shape)}"
-            )
+        # Asks for the shape for the sake of its checks, which Keras makes in symbolic calls only.
+        self.compute_output_shape(tuple(inputs.shape), tuple(routing_weights.shape))
         x = ops.cast(inputs, self.compute_dtype)
         swap = self._channel_axis == 1 and len(inputs.shape) == 4
         if swap:
@@ -281,6 +287,13 @@ class _Conditional(keras.layers.Layer):
             y = y + ops.reshape(bias, (-1, *(1,) * (len(y.shape) - 2), bias.shape[-1]))
         y = self.activation(y)
         return ops.transpose(y, (0, 3, 1, 2)) if swap else y
+
+    def _check_routing(self, shape: Shape | None) -> None:
+        if shape is not None and (len(shape) != 2 or shape[1] != self.num_experts):
+            raise ValueError(
+                f"{self.name} takes routing weights of shape (batch, {self.num_experts}). "
+                f"Received: shape {shape}"
+            )
 
     def _own_routing(self, inputs: Tensor) -> Tensor:
         if self.routing is None:
@@ -350,6 +363,7 @@ class _ConditionalConv(_Conditional):
         self, inputs_shape: Shape, routing_weights_shape: Shape | None = None
     ) -> Shape:
         """Returns the shape of the output, as the static layer would."""
+        self._check_routing(routing_weights_shape)
         first = self._channel_axis == 1
         batch, *rest = inputs_shape
         sizes = rest[1:] if first else rest[:-1]
@@ -543,6 +557,7 @@ class CondDense(_Conditional):
         self, inputs_shape: Shape, routing_weights_shape: Shape | None = None
     ) -> Shape:
         """Returns (batch, …, units)."""
+        self._check_routing(routing_weights_shape)
         return (*inputs_shape[:-1], self.units)
 
     def get_config(self) -> dict[str, Any]:

@@ -22,6 +22,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, autocast=False, **kwargs)
 
+    def add_weight(self, *args: Any, **kwargs: Any) -> keras.Variable:
+        """Adds a weight that keeps its precision in every call."""
+        return super().add_weight(*args, **{**kwargs, "autocast": False})
+
     def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None):
         """Normalises (B, H, W, C), by the batch in training and by the moving statistics else."""
         x = ops.cast(inputs, self.compute_dtype)
@@ -51,7 +55,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         count = ops.cast(ops.prod(ops.shape(x)[:-1]), variance.dtype)
         variance = variance * (ops.maximum(count - 1, 1) / count)
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
+            old = ops.cast(moving, batch.dtype)
+            moving.assign(old * self.momentum + batch * (1.0 - self.momentum))
         return y
 
     def _fused(self, x: Tensor, mean: Any, variance: Any, *, is_training: bool) -> tuple:
@@ -59,10 +64,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
         outputs = tf.raw_ops.FusedBatchNormV3(
             x=x,
-            scale=ops.convert_to_tensor(self.gamma),
-            offset=ops.convert_to_tensor(self.beta),
-            mean=tf.convert_to_tensor(mean, tf.float32),
-            variance=tf.convert_to_tensor(variance, tf.float32),
+            scale=ops.cast(self.gamma, "float32"),
+            offset=ops.cast(self.beta, "float32"),
+            mean=ops.cast(mean, "float32"),
+            variance=ops.cast(variance, "float32"),
             epsilon=self.epsilon,
             is_training=is_training,
         )

@@ -123,6 +123,9 @@ def _depthwise_by_folding(
     x: Tensor, kernels: Tensor, strides: Pair, padding: str, dilation_rate: Pair
 ) -> Tensor:
     """One depthwise convolution of one image, whose channels are those of all examples."""
+    if dilation_rate != (1, 1):  # TensorFlow pads these only for a known number of channels
+        kernel_size = tuple(kernels.shape[1:3])
+        x, padding = _pad(x, kernel_size, strides, padding, dilation_rate), "valid"
     batch, height, width, channels = ops.shape(x)
     kernel_height, kernel_width, _, multiplier = kernels.shape[1:]
     folded = ops.reshape(ops.transpose(x, (1, 2, 0, 3)), (1, height, width, batch * channels))

@@ -364,19 +364,16 @@ def test_whole_matrix_of_convolutions(
     mode: str,
 ):
     window = {"kernel": kernel, "stride": stride, "dilation": dilation, "padding": padding}
-    checked = 0
-    # A few, so that both maps, both batches and every number of experts meet each window.
-    for experts, batch, size in (
-        (1, 1, (3, 3)),
-        (5, 3, (9, 10)),
-        (32, 3, (3, 3)),
-        (32, 1, (9, 10)),
-    ):
-        if fits({**window, "size": size}):
-            rest = (experts, batch, size, dtype, mode)
-            check(Case(layer, *rest, multiplier=multiplier, **window))
-            checked += 1
-    assert checked
+    # In each of these, one example and several, experts of all numbers, and maps of both kinds. XLA
+    # has one formulation for all maps, and never gives back the memory maps of what it compiled,
+    # some fifty a program: a process that asks for more than Linux grants, 65,530, is killed.
+    rows = [(1, 1, (3, 3)), (5, 3, (9, 10)), (32, 3, (3, 3)), (32, 1, (9, 10))]
+    if mode == "jit":
+        rows = [(1, 3, (9, 10)), (32, 1, (7, 6))]
+    rows = [row for row in rows if fits({**window, "size": row[-1]})]
+    assert rows
+    for experts, batch, size in rows:
+        check(Case(layer, experts, batch, size, dtype, mode, multiplier=multiplier, **window))
 
 
 @pytest.mark.slow
@@ -451,36 +448,36 @@ def check_by_differences(
 
 @tf_only
 @pytest.mark.parametrize(
-    ("size", "strides", "training", "compiled", "expected"),
+    ("size", "strides", "training", "mode", "expected"),
     [
-        ((3, 5), (1, 1), True, False, "_compiled_taps"),
-        ((3, 5), (1, 1), False, False, "_depthwise_by_folding"),
-        ((4, 4), (2, 2), True, False, "_depthwise_by_folding"),
-        ((4, 4), (1, 2), True, False, "_depthwise_by_taps"),
-        ((None, 3), (1, 1), True, False, "_depthwise_by_folding"),
-        ((3, 3), (1, 1), True, True, "_depthwise_by_taps"),
-        ((9, 9), (1, 1), False, True, "_depthwise_by_taps"),
+        ((3, 5), (1, 1), True, "eager", "_compiled_taps"),
+        ((3, 5), (1, 1), True, "function", "_compiled_taps"),
+        ((3, 5), (1, 1), False, "eager", "_depthwise_by_folding"),
+        ((3, 5), (1, 1), False, "function", "_depthwise_by_folding"),
+        ((4, 4), (2, 2), True, "eager", "_depthwise_by_folding"),
+        ((4, 4), (2, 2), True, "function", "_depthwise_by_folding"),
+        ((4, 4), (1, 2), True, "eager", "_depthwise_by_taps"),
+        ((None, 3), (1, 1), True, "function", "_depthwise_by_folding"),
+        ((3, 3), (1, 1), True, "jit", "_depthwise_by_taps"),
+        ((9, 9), (1, 1), False, "jit", "_depthwise_by_taps"),
     ],
 )
-@pytest.mark.parametrize("graph", [False, True])
 def test_each_formulation_of_depthwise_is_reached(
-    size: tuple, strides: tuple, training: bool, compiled: bool, expected: str, graph: bool
+    size: tuple, strides: tuple, training: bool, mode: str, expected: str
 ):
     import tensorflow as tf
 
-    if not graph and (compiled or None in size):
-        pytest.skip("only a graph has it")
     picked = []
 
     def pick(x: tf.Tensor) -> tf.Tensor:
         picked.append(conditional._depthwise_formulation(x, strides, training))
         return x
 
-    if graph:
-        signature = [tf.TensorSpec((2, *size, 3))]
-        tf.function(pick, input_signature=signature, jit_compile=compiled).get_concrete_function()
-    else:
+    if mode == "eager":
         pick(tf.zeros((2, *size, 3)))
+    else:
+        graph = tf.function(pick, jit_compile=mode == "jit")
+        graph.get_concrete_function(tf.TensorSpec((2, *size, 3)))
     function = getattr(conditional, expected)
     assert picked == [function() if expected == "_compiled_taps" else function]
 
@@ -861,12 +858,7 @@ def test_leaving_the_routing_weights_out_later_is_an_error(layer: str):
         instance(inputs_of(layer))
 
 
-ROUTING_CHECK = pytest.mark.xfail(
-    strict=True, reason="only call checks it, which a symbolic call does not reach"
-)
-
-
-@pytest.mark.parametrize("symbolic", [pytest.param(True, marks=ROUTING_CHECK), False])
+@pytest.mark.parametrize("symbolic", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5), (3, 4, 1), (4,)], ids=str)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_routing_weights_of_a_wrong_shape_are_an_error(
@@ -1046,11 +1038,6 @@ def test_loading_keeps_outputs_and_weights(tmp_path: pathlib.Path, model: str):
 
 
 DILATED = {"kernel_size": 3, "dilation_rate": 2, "padding": "same"}
-DILATED_CHECK = pytest.mark.xfail(
-    BACKEND == "tensorflow",
-    strict=True,
-    reason="TensorFlow pads a dilated convolution only if it knows the channels, here the batch",
-)
 GEOMETRIES = [
     (layer, window)
     for layer in ("conv", "depthwise")
@@ -1074,7 +1061,7 @@ def windowed(layer: str, window: dict[str, Any], **kwargs: Any) -> Layer:
     ("layer", "window"),
     [
         *mostly_slow([*GEOMETRIES, ("conv", DILATED)], 5 if BACKEND == "tensorflow" else 20),
-        pytest.param("depthwise", DILATED, marks=DILATED_CHECK),
+        ("depthwise", DILATED),
     ],
 )
 def test_predict_takes_any_batch_and_any_map(layer: str, window: dict[str, Any]):
@@ -1100,7 +1087,7 @@ def test_predict_takes_any_batch_and_any_map(layer: str, window: dict[str, Any])
         ("conv", 3, 2, 1, True),
         ("depthwise", 3, 2, 1, False),
         ("depthwise", 3, 2, 1, True),
-        pytest.param("depthwise", 3, 1, 2, False, marks=DILATED_CHECK),
+        ("depthwise", 3, 1, 2, False),
     ],
 )
 def test_one_graph_trains_on_any_batch_and_any_map(
@@ -1187,13 +1174,7 @@ class Wrapping(keras.Model):
         return self.layer(*inputs)
 
 
-AUTOCAST = pytest.mark.xfail(
-    strict=True,
-    reason="Keras casts the variables of an outermost layer whatever its autocast",
-)
-
-
-@pytest.mark.parametrize("inside", [True, pytest.param(False, marks=AUTOCAST)])
+@pytest.mark.parametrize("inside", [True, False])
 def test_routing_computes_in_float32(inside: bool):
     mixed, plain = Routing(4, dtype="mixed_bfloat16"), Routing(4)
     x = numbers(3, 5, 4, CHANNELS)
@@ -1206,7 +1187,7 @@ def test_routing_computes_in_float32(inside: bool):
     assert error(called(x), plain(x)) <= 1e-6
 
 
-@pytest.mark.parametrize("inside", [True, pytest.param(False, marks=AUTOCAST)])
+@pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("layer", ["conv", "depthwise"])
 def test_experts_are_mixed_in_float32(layer: str, inside: bool):
     instance = make(layer, 2, dtype="mixed_bfloat16")
@@ -1325,12 +1306,7 @@ def test_an_unknown_number_of_channels_is_an_error(layer: str):
         make(layer)(keras.KerasTensor(shape), keras.KerasTensor((2, 4)))
 
 
-WINDOW_CHECK = pytest.mark.xfail(
-    strict=True, reason="only compute_output_shape checks it, which an eager call does not ask"
-)
-
-
-@pytest.mark.parametrize("how", ["shape", "symbolic", pytest.param("eager", marks=WINDOW_CHECK)])
+@pytest.mark.parametrize("how", ["shape", "symbolic", "eager"])
 @pytest.mark.parametrize("window", [{}, {"dilation_rate": 2}], ids=str)
 @pytest.mark.parametrize("layer", ["conv", "depthwise"])
 def test_a_window_larger_than_its_input_is_an_error(layer: str, window: dict[str, Any], how: str):
@@ -1360,9 +1336,6 @@ def test_regularizers_see_the_sum_over_the_experts(layer: str):
     )
 
 
-@pytest.mark.xfail(
-    BACKEND == "jax", strict=True, reason="JAX does not unstack a variable that Keras hands over"
-)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_constraints_see_one_expert_at_a_time(layer: str):
     axes = [0] if layer == "dense" else [0, 1, 2]
