@@ -12,7 +12,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     line.removeprefix(".venv/bin/python ")
     for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)
-    for line in block.replace("\\\n", " ").splitlines()
+    for line in map(str.strip, block.replace("\\\n", " ").splitlines())
     if line.startswith(".venv/bin/python ")
 ]
 
@@ -34,7 +34,7 @@ def test_the_commands_name_what_exists(command):
         if argument.startswith("--"):
             flag, _, value = argument.removeprefix("--").partition("=")
             assert f'"{flag}"' in source
-            if flag == "gin_file":
+            if flag == "gin_file" and "$" not in value:
                 assert (ROOT / value).exists()
 
 
