@@ -37,9 +37,9 @@ class Telemetry:
         self._live = None
         if console.is_terminal:
             self._live = rich.progress.Progress(
-                rich.progress.BarColumn(),
+                rich.progress.BarColumn(bar_width=10),
                 rich.progress.TextColumn("{task.description}"),
-                rich.progress.TimeRemainingColumn(),
+                rich.progress.TimeRemainingColumn(compact=True),
                 console=console,
             )
             self._task = self._live.add_task("starting", total=total_steps, completed=start)
@@ -72,12 +72,12 @@ class Telemetry:
 
     def _show(self, step: int, values: Mapping[str, float], notable: bool) -> None:
         self._rate = values.get("images_per_second", self._rate)
-        shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
-        text = f"step {step}/{self._total}  {shown}"
-        if self._live and notable:
-            self._live.console.print(text, highlight=False)
+        text = f"step {step}/{self._total}  {_brief(values)}"
         if self._live:
-            self._live.update(self._task, completed=step, description=text)
+            if notable:
+                self._live.console.print(text, highlight=False)
+            description = {} if notable else {"description": text}
+            self._live.update(self._task, completed=step, **description)
             return
         now = time.monotonic()
         if notable or now - self._last_line > _SECONDS_BETWEEN_LINES:
@@ -143,8 +143,17 @@ def _step_of(line: str) -> float:
         return float("inf")  # half a line, from a run that was killed
 
 
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+def _brief(values: Mapping[str, float]) -> str:
+    """Returns what a person wants to see of some values, in one line of a terminal."""
+    shown = ("epoch", "loss", "top1", "learning_rate", "images_per_second")
+    formats = ("epoch {:.1f}", "loss {:.3f}", "top1 {:.4f}", "lr {:.2g}", "{:,.0f} images/s")
+    texts = [
+        (prefix if prefix != "train_" else "").replace("_", " ") + text.format(values[key])
+        for name, text in zip(shown, formats, strict=True)
+        for prefix in ("", "train_", "minival_", "val_")
+        if (key := prefix + name) in values
+    ]
+    return "  ".join(texts)
 
 
 def _clock(seconds: float) -> str:
