@@ -6,13 +6,13 @@ in silence. Here each is an error, before anything is built.
 
 import contextlib
 import difflib
+import importlib.util  # noqa: F401  gin uses it and forgets to import it
 import inspect
 import logging
 import pathlib
 import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from importlib import util as importlib_util
 from typing import Any
 
 import gin
@@ -22,8 +22,6 @@ from etils import epath
 from condconv.engine import files
 from condconv.engine.errors import UsageError
 from condconv.engine.experiment import Experiment
-
-assert importlib_util  # noqa: S101  gin looks for it where only an import of its own would put it
 
 _ROOT = "condconv.engine.experiment.Experiment"
 _CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
