@@ -127,7 +127,23 @@ def test_what_an_experiment_needs_is_named(tmp_path):
     assert "Experiment.duration" in message
 
 
+def test_a_config_that_includes_itself_is_named(tmp_path):
+    path = tmp_path / "loop.gin"
+    path.write_text(f"include '{path}'\n")
+    assert "includes itself" in message_of(lambda: config.load([str(path)]))
+
+
+def test_a_folder_is_no_config_file():
+    assert "there is no config file" in message_of(lambda: config.load([str(ROOT / "configs")]))
+
+
+def test_a_saved_config_that_cannot_be_read_differs():
+    config.load([DIGITS])
+    assert config.differences("foo bar (") == ["its config.gin cannot be read"]
+
+
 BAD_BUILDS = {
+    "mobilenet_v1.image_size = 48": "mobilenet_v1 takes images of 48×48×3 and digits gives 32×32×3",
     "mobilenet_v1.num_experts = -1": "num_experts takes 0 (static) or a positive integer, not -1",
     "mobilenet_v1.first_condconv_block = 99": "first_condconv_block takes a block from 1 to 13",
     "digits.image_size = 4": "digits: image_size takes at least 8",

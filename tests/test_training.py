@@ -336,6 +336,14 @@ def test_without_a_manifest_there_is_no_checkpoint(tmp_path):
     assert kept.load_last()[0] == 3
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": "x"}'])
+def test_a_best_that_cannot_be_read_is_named(tmp_path, text):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.json").write_text(text)
+    with pytest.raises(UsageError, match=r"best.json"):
+        checkpoints.Checkpoints(epath.Path(tmp_path)).best()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     def exploding(clock):
         return optimization.cosine(clock, 1e30, "0 steps")

@@ -87,8 +87,11 @@ class Checkpoints:
         path = self.workdir / _FOLDER / _BEST
         if not path.exists():
             return None
-        best = json.loads(path.read_text())
-        return best["step"], best["score"]
+        best = files.read_json(path)
+        try:
+            return int(best["step"]), float(best["score"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{path} names no best checkpoint: remove it") from error
 
     def resolve(self, name: str) -> tuple[int, Arrays]:
         """Returns step and state of "last", "best", a step, or the path of a checkpoint.

@@ -85,7 +85,11 @@ def save_operative(directory: epath.Path) -> None:
 
 def differences(text: str) -> list[str]:
     """Returns what another config binds differently from the one in force, a line each."""
-    theirs, ours = _statements(text), _statements(gin.config_str())
+    ours = _statements(gin.config_str())
+    try:
+        theirs = _statements(text)
+    except (ValueError, SyntaxError):
+        return ["its config.gin cannot be read"]
     return [
         f"{key}: {theirs.get(key, 'not bound')} there, {ours.get(key, 'not bound')} here"
         for key in sorted({*theirs, *ours})
@@ -121,7 +125,7 @@ def _forget() -> None:
 
 def _find(file: str) -> epath.Path:
     path = epath.Path(file)
-    if not path.exists():
+    if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.gin")] if path.parent.exists() else []
         raise UsageError(f"there is no config file {file!r}{_did_you_mean(path.name, siblings)}")
     gin.add_config_file_search_path(str(path.parent))
@@ -146,6 +150,8 @@ def _parse(parse_it: Any, source: str) -> None:
     """Turns what gin raises, a message and the place behind it, into one line."""
     try:
         parse_it()
+    except RecursionError:
+        raise UsageError(f"{source}: includes itself, directly or through others") from None
     except (ValueError, TypeError, AttributeError, SyntaxError, OSError, ImportError) as error:
         message, *places = [line.strip() for line in str(error).split("\n") if line.strip()]
         if isinstance(error, SyntaxError):

@@ -11,7 +11,13 @@ from etils import epath
 from condconv.cost import count_cost
 from condconv.engine import checkpoints, devices
 from condconv.engine.errors import RunError, UsageError
-from condconv.engine.experiment import Data, Experiment, build_data, build_model
+from condconv.engine.experiment import (
+    Data,
+    Experiment,
+    build_data,
+    build_model,
+    check_images_fit,
+)
 from condconv.engine.optimization import cross_entropy
 
 
@@ -122,6 +128,7 @@ def evaluate_run(
     data = build_data(experiment, experiment.eval_split)
     with strategy.scope():
         model = build_model(experiment, data.num_classes)
+    check_images_fit(model, data, experiment.eval_split)
     prefix = "average/" if weights == "ema" else "model/"
     values = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
     variables = checkpoints.named_variables(model)

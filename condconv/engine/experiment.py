@@ -150,6 +150,21 @@ def build_model(experiment: Experiment, num_classes: int) -> keras.Model:
         return experiment.model(num_classes=num_classes)
 
 
+def check_images_fit(model: keras.Model, data: Data, split: str) -> None:
+    """Raises a UsageError if the data's images are not of the size that the model takes."""
+    images = tuple(data.eval_batches(split, batch_size=1).element_spec["image"].shape[1:])
+    wanted = tuple(model.input_shape[1:])
+    if any(None not in (i, w) and i != w for i, w in zip(images, wanted, strict=True)):
+        raise UsageError(
+            f"{model.name} takes images of {_size(wanted)} and {data.name} gives {_size(images)}: "
+            "set their image_size alike"
+        )
+
+
+def _size(shape: tuple[int | None, ...]) -> str:
+    return "×".join("any" if size is None else str(size) for size in shape)
+
+
 @contextlib.contextmanager
 def blaming_the_config() -> Iterator[None]:
     """Turns what a factory has against its arguments into a UsageError of one line."""

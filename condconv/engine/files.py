@@ -37,3 +37,15 @@ def write_text(path: epath.Path, text: str) -> None:
 def write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
     """Writes a JSON file, whole or not at all."""
     write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Reads a JSON file.
+
+    Raises:
+        UsageError: if it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): remove or restore it") from error

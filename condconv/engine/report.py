@@ -1,11 +1,11 @@
 """Runs side by side: a table of what they cost and reached, and their curves."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
+from condconv.engine import files
 from condconv.engine.errors import UsageError
 from condconv.engine.telemetry import read_metrics
 
@@ -26,7 +26,7 @@ def compare(workdirs: Sequence[epath.Path]) -> list[dict[str, Any]]:
         path = workdir / "eval.json"
         if not path.exists():
             raise UsageError(f"{workdir} has no eval.json: run eval.py --workdir={workdir} first")
-        result = json.loads(path.read_text())
+        result = files.read_json(path)
         rows.append(
             {
                 "run": workdir.name,

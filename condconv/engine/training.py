@@ -26,6 +26,7 @@ from condconv.engine.experiment import (
     blaming_the_config,
     build_data,
     build_model,
+    check_images_fit,
 )
 from condconv.engine.optimization import (
     Clock,
@@ -110,6 +111,7 @@ def build(experiment: Experiment) -> Run:
     keras.utils.set_random_seed(experiment.seed)
     with strategy.scope():
         model = build_model(experiment, data.num_classes)
+        check_images_fit(model, data, experiment.train_split)
         with blaming_the_config():
             schedule = experiment.schedule(clock=clock)
             optimizer = experiment.optimizer(learning_rate=schedule)
