@@ -1,6 +1,7 @@
 """How every command runs: flags first, then the heavy imports, in silence; errors in one line."""
 
 import contextlib
+import logging
 import os
 import sys
 import tempfile
@@ -27,6 +28,7 @@ def run(main: Callable[[list[str]], int | None], arguments: str = "") -> None:
         sys.exit(0)
     except flags.Error as error:
         sys.exit(_fail(error, 2))
+    logging.basicConfig(format="%(message)s")
     try:
         if rest and not arguments:
             raise UsageError(f"takes flags only, not {rest[0]!r}; see --help")
