@@ -95,7 +95,7 @@ def recorded(monkeypatch, algorithm, count: int) -> list[list[tuple[str, float]]
 
 
 def test_operations_come_as_often_as_the_policy_says_with_its_values_and_either_sign(monkeypatch):
-    runs = recorded(monkeypatch, autoaugment.auto_augment, 3000)
+    runs = recorded(monkeypatch, autoaugment.auto_augment, 1000)
     values = [value for run in runs for name, value in run if name == "Rotate"]
     shares = {30 * level / 10 for level in (0, 2, 5, 7, 8, 9)}
     assert {abs(value) for value in values} == shares

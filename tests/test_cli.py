@@ -105,6 +105,7 @@ def test_another_experiment_in_the_same_workdir_is_refused(workdir):
     assert_refused(done, 2, "digits.max_shift: not bound there, 0.2 here")
 
 
+@pytest.mark.slow
 def test_two_replicas_train_and_evaluate_what_one_does(tmp_path):
     mirrored = [CONDCONV, *SHORT, "--gin_param=Experiment.devices = 'cpu:2'"]
     done = call("train.py", *mirrored, f"--workdir={tmp_path}/run")

@@ -18,8 +18,6 @@ import keras
 print("ran on", keras.backend.backend())
 sys.exit(status)
 """
-
-
 # The time goes into LLVM's optimisations of some hundred small programs, not into running them.
 HASTY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -36,6 +34,7 @@ def passed_on_jax(files: list[str], *options: str, xla_flags: str = "", timeout:
             **os.environ,
             "KERAS_BACKEND": "jax",
             "JAX_PLATFORMS": "cpu",
+            "PYTEST_ADDOPTS": "",
             "XLA_FLAGS": xla_flags,
             "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]),
         },
