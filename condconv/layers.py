@@ -59,10 +59,9 @@ def _constrain_each_expert(constraint: Any) -> Callable[[Tensor], Tensor] | None
     return constrain
 
 
-def _pair(value: int | tuple[int, int], name: str, allow_zero: bool = False) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    smallest = 0 if allow_zero else 1
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= smallest for v in pair):
+def _pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(pair) != 2 or not all(type(v) is int and v >= 1 for v in pair):
         raise ValueError(f"`{name}` takes a positive integer or two of them. Received: {value}")
     return pair
 
