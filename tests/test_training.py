@@ -372,3 +372,11 @@ def test_evaluation_that_misses_an_example_fails():
         RunError, match="saw 8 examples, 8 of them different, instead of each of 23"
     ):
         evaluator("test")
+
+
+def test_a_network_that_is_no_number_scores_as_wrong():
+    inputs = keras.Input((6, 6, 3))
+    undefined = keras.layers.Rescaling(float("nan"))(keras.layers.Flatten()(inputs)[:, :3])
+    model = keras.Model(inputs, undefined)
+    predictions = evaluation.Evaluator(model, stripes(), 8, tf.distribute.get_strategy())("test")
+    assert predictions.summary(3)["top1"] == 0.0

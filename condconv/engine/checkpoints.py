@@ -143,7 +143,7 @@ def _read(folder: epath.Path) -> Arrays:
         manifest = json.loads((folder / _MANIFEST).read_text())
         content = (folder / _STATE).read_bytes()
         intact = manifest["bytes"] == len(content) and manifest["sha256"] == _checksum(content)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"the checkpoint {folder} cannot be read: {error}") from error
     if not intact:
         raise UsageError(f"the checkpoint {folder} is damaged: it is not what its manifest says")

@@ -35,6 +35,8 @@ def run(main: Callable[[list[str]], int | None], arguments: str = "") -> None:
         with _quiet_tensorflow():
             import tensorflow  # noqa: F401
         sys.exit(main(rest) or 0)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UsageError as error:
         sys.exit(_fail(error, 2))
     except RunError as error:

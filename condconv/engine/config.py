@@ -11,6 +11,7 @@ import inspect
 import logging
 import pathlib
 import re
+import tokenize
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -88,7 +89,7 @@ def differences(text: str) -> list[str]:
     ours = _statements(gin.config_str())
     try:
         theirs = _statements(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, tokenize.TokenError):
         return ["its config.gin cannot be read"]
     return [
         f"{key}: {theirs.get(key, 'not bound')} there, {ours.get(key, 'not bound')} here"
@@ -152,7 +153,15 @@ def _parse(parse_it: Any, source: str) -> None:
         parse_it()
     except RecursionError:
         raise UsageError(f"{source}: includes itself, directly or through others") from None
-    except (ValueError, TypeError, AttributeError, SyntaxError, OSError, ImportError) as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        SyntaxError,
+        OSError,
+        ImportError,
+        tokenize.TokenError,
+    ) as error:
         message, *places = [line.strip() for line in str(error).split("\n") if line.strip()]
         if isinstance(error, SyntaxError):
             message = f"not a binding of the form name.parameter = value ({error.msg})"

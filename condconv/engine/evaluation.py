@@ -94,7 +94,8 @@ def _judge(model: keras.Model, batch: dict[str, tf.Tensor]) -> tuple[tf.Tensor, 
     # A class of the same score counts as higher if it comes first, as in a sorted list; a logit
     # that is no number beats none, so a broken network scores as wrong.
     first = tf.range(logits.shape[-1], dtype=labels.dtype) < labels[:, None]
-    higher = tf.logical_not(logits < own) & (first | tf.logical_not(logits <= own))
+    undefined = tf.math.is_nan(logits) | tf.math.is_nan(own)
+    higher = (logits > own) | (first & (logits == own)) | undefined
     rank = tf.reduce_sum(tf.cast(higher, tf.int32), axis=-1)
     return batch["index"], labels, rank, cross_entropy(labels, logits)
 

@@ -111,6 +111,7 @@ class Experiment:
             ("ema_decay", 0 <= self.ema_decay < 1, "a decay from 0 to below 1"),
             ("precision", self.precision in PRECISIONS, " or ".join(PRECISIONS)),
             ("keep_checkpoints", self.keep_checkpoints >= 1, "an integer of at least 1"),
+            ("seed", 0 <= self.seed < 2**32, "an integer from 0 to below 2^32"),
             ("steps_per_call", self.steps_per_call >= 1, "an integer of at least 1"),
         )
         for name, fits, allowed in checks:
