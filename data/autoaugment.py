@@ -16,6 +16,7 @@ import functools
 import math
 from collections.abc import Callable
 
+import gin
 import numpy as np
 import tensorflow as tf
 
@@ -272,6 +273,7 @@ POLICY_V0 = (
 )
 
 
+@gin.register(denylist=["image", "seed"])
 def auto_augment(image: tf.Tensor, seed: tf.Tensor, variant: str = "published") -> tf.Tensor:
     """Applies one of the 25 sub-policies of ImageNet policy v0, drawn evenly.
 
@@ -302,6 +304,7 @@ def auto_augment(image: tf.Tensor, seed: tf.Tensor, variant: str = "published") 
     return tf.ensure_shape(tf.switch_case(choice, branches), image.shape)
 
 
+@gin.register(denylist=["image", "seed"])
 def rand_augment(
     image: tf.Tensor,
     seed: tf.Tensor,

@@ -1,33 +1,28 @@
-"""Order, sharding, seeking and batching: the same for every source.
+"""From a source to batches: the same for every data set, in training and in evaluation.
 
-Order is a function of (seed, epoch) and position a function of the step, so a run resumes by
-seeking. Augmentation is keyed by (seed, position), so it neither depends on the number of workers
-nor needs any state. A global batch is a run of consecutive positions, of which each shard takes
-its part: what a batch holds does not depend on the number of shards either.
+Which example comes when is decided in ``data.order``. What happens to it depends on the seed and
+its position, counted over the whole run, and on nothing else: not on the number of hosts or
+workers, nor on the step at which the run began.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable
 
+import gin
 import tensorflow as tf
 
+from data.broken import Broken
+from data.order import Order, in_order
+from data.preprocess import Preprocessing
+from data.source import Source, Split
+
 Tensors = dict[str, tf.Tensor]
+Mixing = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
-# What a seed is folded with, so that no two uses of it draw alike.
-_AUGMENTATION, _ORDER = 0, 2
+_AUGMENTATION = 0  # what a seed is folded with, so that no two uses of it draw alike
 
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Some examples of a source, each reachable by its index.
-
-    Attributes:
-        num_examples: how many.
-        read: an index, a scalar int64, to {"image": (H, W, 3) uint8, "label": int64}.
-    """
-
-    num_examples: int
-    read: Callable[[tf.Tensor], Tensors]
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +30,34 @@ class Pipeline:
     """Batches of a data set.
 
     Attributes:
-        name: of the data set.
-        num_classes: of its labels.
-        splits: by name.
-        augment: image (H, W, 3) uint8 and seed (2,) int32 to image; in training only.
+        source: of the examples.
+        preprocessing: of their images.
+        mixing: images (B, H, W, 3), labels (B, num_classes) float32 and a seed for each example
+            (B, 2), to images and labels mixed; in training only.
+        max_broken: images that training may skip, each replaced by another of its batch.
+        broken_are_wrong: whether evaluation counts a broken image as wrong, instead of stopping.
     """
 
-    name: str
-    num_classes: int
-    splits: Mapping[str, Split]
-    augment: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+    source: Source
+    preprocessing: Preprocessing
+    mixing: Mixing | None = None
+    max_broken: int = 0
+    broken_are_wrong: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the data set."""
+        return self.source.name
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return self.source.num_classes
+
+    @property
+    def answers(self) -> list[int] | None:
+        """The classes that evaluation chooses from; None for all."""
+        return None if self.source.answers is None else list(self.source.answers)
 
     def num_examples(self, split: str) -> int:
         """Returns how many examples ``split`` has.
@@ -70,73 +83,153 @@ class Pipeline:
             split: to read.
             batch_size: examples in a batch of this shard.
             seed: of order and augmentation.
-            start: steps to skip, at no cost.
+            start: steps to skip; nothing of them is decoded.
             shard: which part of each global batch, from 0.
             num_shards: parts of a global batch.
 
         Returns:
-            Dataset of {"image": (batch_size, H, W, 3) uint8, "label": (batch_size,) int64}.
+            Dataset of {"image": (batch_size, H, W, 3) uint8 or float32, "label": (batch_size,)
+            int64, or (batch_size, num_classes) float32 where they are mixed}.
         """
-        source = self._split(split)
+        records = self._split(split)
+        order = Order(records, batch_size * num_shards, seed)
+        if read := order.passed_over(start):
+            epoch, step = divmod(start, order.steps)
+            _LOG.warning(
+                "%s: going on at step %d of %d in epoch %d, behind at most %d records",
+                self.name, step, order.steps, epoch, read,
+            )  # fmt: skip
+        broken = Broken(self.name, self.max_broken)
 
-        def example(position: tf.Tensor, index: tf.Tensor) -> Tensors:
-            record = source.read(index)
+        def example(payload: tf.Tensor, index: tf.Tensor, position: tf.Tensor) -> Tensors:
+            record = records.parse(payload)
             key = tf.random.experimental.stateless_fold_in([seed, _AUGMENTATION], position)
-            return {"image": self.augment(record["image"], key), "label": record["label"]}
+            image = self.preprocessing.train(record["image"], key)
+            return {"image": image, "label": record["label"], "key": key}
 
-        return (
-            _positions(source.num_examples, seed, start * batch_size * num_shards)
-            .batch(batch_size, drop_remainder=True)
-            .shard(num_shards, shard)
-            .unbatch()
-            .map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-            .batch(batch_size, drop_remainder=True)
-            .prefetch(tf.data.AUTOTUNE)
-        )
+        def instead(columns: tuple[tf.Tensor, ...], whole: tf.data.Dataset) -> tf.data.Dataset:
+            found = broken.find(records.parse, example, columns)
+            some = tf.debugging.Assert(
+                ~tf.reduce_all(found), [f"{self.name}: every image of a batch is broken"]
+            )
+            with tf.control_dependencies([some]):
+                return whole.repeat()
 
-    def eval_batches(self, split: str, *, batch_size: int) -> tf.data.Dataset:
-        """Returns each example once, in order; the last batch is filled up with index -1.
+        def batch(step: tf.Tensor, columns: tuple[tf.Tensor, ...]) -> tf.data.Dataset:
+            first = (step * num_shards + shard) * batch_size
+            positions = first + tf.range(batch_size, dtype=tf.int64)
+            return _batch((*columns, positions), example, instead)
+
+        batches = order.batches(start, shard, num_shards).enumerate(start)
+        return _in_parallel(batches, batch).map(_as_written(self._mixed)).prefetch(tf.data.AUTOTUNE)
+
+    def eval_batches(
+        self, split: str, *, batch_size: int, shard: int = 0, num_shards: int = 1
+    ) -> tf.data.Dataset:
+        """Returns each example once over all shards; filled up with index -1 to equal lengths.
+
+        Args:
+            split: to read.
+            batch_size: examples in a batch of this shard.
+            shard: which part of the split, from 0.
+            num_shards: parts of the split.
 
         Returns:
-            Dataset of {"image": (batch_size, H, W, 3) uint8, "label": (batch_size,) int64,
-            "index": (batch_size,) int64}.
+            Dataset of {"image": (batch_size, H, W, 3) uint8 or float32, "label": (batch_size,)
+            int64, or (batch_size, num_classes) bool where several are right, "index":
+            (batch_size,) int64, "readable": (batch_size,) bool}. What is not readable is black.
         """
-        source = self._split(split)
-        padded = -(-source.num_examples // batch_size) * batch_size
+        records = self._split(split)
+        broken = Broken(self.name, records.num_examples if self.broken_are_wrong else 0)
 
-        def example(count: tf.Tensor) -> Tensors:
-            record = source.read(tf.minimum(count, source.num_examples - 1))
-            index = tf.where(count < source.num_examples, count, -1)
-            return {"image": record["image"], "label": record["label"], "index": index}
+        def example(payload: tf.Tensor, index: tf.Tensor) -> Tensors:
+            record = records.parse(payload)
+            image = self.preprocessing.evaluate(record["image"])
+            return {
+                "image": image,
+                "label": record["label"],
+                "index": index,
+                "readable": tf.constant(True),
+            }
 
-        return (
-            tf.data.Dataset.range(padded)
-            .map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-            .batch(batch_size, drop_remainder=True)
-            .prefetch(tf.data.AUTOTUNE)
+        def instead(columns: tuple[tf.Tensor, ...], whole: tf.data.Dataset) -> tf.data.Dataset:
+            def blank(payload: tf.Tensor, index: tf.Tensor) -> Tensors:
+                image = whole.element_spec["image"]
+                return {
+                    "image": tf.zeros(image.shape, image.dtype),
+                    "label": records.parse(payload)["label"],
+                    "index": index,
+                    "readable": tf.constant(False),
+                }
+
+            found = broken.find(records.parse, example, columns)
+            rows = tuple(tf.boolean_mask(column, found) for column in columns)
+            return tf.data.Dataset.from_tensor_slices(rows).map(blank)
+
+        batches = in_order(records, shard, num_shards, batch_size)
+        return _in_parallel(batches, lambda *columns: _batch(columns, example, instead)).prefetch(
+            tf.data.AUTOTUNE
         )
 
+    def _mixed(self, batch: Tensors) -> Tensors:
+        image, label = batch["image"], batch["label"]
+        if self.mixing:
+            label = tf.one_hot(label, self.num_classes)
+            image, label = self.mixing(image, label, batch["key"])
+        return {"image": image, "label": label}
+
     def _split(self, name: str) -> Split:
-        if name not in self.splits:
+        if name not in self.source.splits:
             raise ValueError(
-                f"{self.name} has no split {name!r}; it has {', '.join(sorted(self.splits))}"
+                f"{self.name} has no split {name!r}; it has {', '.join(sorted(self.source.splits))}"
             )
-        return self.splits[name]
+        return self.source.splits[name]
 
 
-def _positions(num_examples: int, seed: int, start: int) -> tf.data.Dataset:
-    """Returns (position, index) from position ``start`` on, without end.
+@gin.register
+def pipeline(
+    source: Callable[[], Source],
+    preprocessing: Callable[[], Preprocessing],
+    mixing: Mixing | None = None,
+    max_broken: int = 0,
+    broken_are_wrong: bool = False,
+) -> Pipeline:
+    """Puts a source, a preprocessing and a mixing together; see ``Pipeline``.
 
-    Each epoch is shuffled as a whole. (``tf.random.experimental.index_shuffle`` would do without
-    the array, but its permutations are far from uniform.)
+    Raises:
+        ValueError: if ``max_broken`` is negative.
     """
-    first, skipped = divmod(start, num_examples)
+    if max_broken < 0:
+        raise ValueError(f"pipeline.max_broken takes no negative number, not {max_broken}")
+    return Pipeline(source(), preprocessing(), mixing, max_broken, broken_are_wrong)
 
-    def epoch(number: tf.Tensor) -> tf.data.Dataset:
-        key = tf.random.experimental.stateless_fold_in([seed, _ORDER], number)
-        order = tf.random.experimental.stateless_shuffle(tf.range(num_examples, dtype="int64"), key)
-        places = tf.range(num_examples, dtype="int64") + number * num_examples
-        left = tf.where(number == first, tf.constant(skipped, tf.int64), 0)
-        return tf.data.Dataset.from_tensor_slices((places[left:], order[left:]))
 
-    return tf.data.Dataset.range(first, tf.int64.max).flat_map(epoch)
+def _batch(
+    columns: tuple[tf.Tensor, ...],
+    example: Callable[..., Tensors],
+    instead: Callable[[tuple[tf.Tensor, ...], tf.data.Dataset], tf.data.Dataset],
+) -> tf.data.Dataset:
+    """Returns one batch; where images failed, what ``instead`` gives takes their places.
+
+    Only then is ``instead`` run: nothing is paid as long as images are whole. (A dataset for each
+    batch costs a millisecond or two; one for each example would cost a tenth of all the work.)
+    """
+    rows = tf.data.Dataset.from_tensor_slices(columns)
+    whole = rows.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    whole = whole.ignore_errors()
+    rest = tf.data.Dataset.from_tensors(columns).flat_map(lambda *columns: instead(columns, whole))
+    size = columns[0].shape[0]
+    return whole.concatenate(rest).take(size).batch(size, drop_remainder=True)
+
+
+# Nothing here needs to be rewritten by autograph, which would bury what a bad argument raises.
+_as_written = tf.autograph.experimental.do_not_convert
+
+
+def _in_parallel(
+    batches: tf.data.Dataset, batch: Callable[..., tf.data.Dataset]
+) -> tf.data.Dataset:
+    """Makes two batches at a time, so that no core waits for the last image of one."""
+    return batches.interleave(
+        _as_written(batch), cycle_length=2, block_length=1, num_parallel_calls=2, deterministic=True
+    )

@@ -4,16 +4,171 @@ Sources: tensorflow/tpu, models/official/efficientnet/preprocessing.py; that of 
 the resize, and in a padding of 32 whatever the size.
 """
 
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import gin
 import tensorflow as tf
+
+from data.augment import random_flip
 
 RESIZES = ("legacy_bicubic", "legacy_bilinear", "bicubic", "bilinear")
 
 Box = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]  # top, left, height, width, in pixels
 
+Augmentation = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
 _CENTRE_SHARE = 0.875  # of the shorter side that evaluation looks at
 
 
-def image_size(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """What turns an encoded image into the one that the network sees.
+
+    Attributes:
+        stages: of training, by name: each takes what the one before it returned, the first the
+            encoded bytes, and a seed (2,) int32. The last returns (size, size, 3) uint8 or
+            float32, 0–255.
+        evaluate: encoded bytes to the same.
+    """
+
+    stages: Mapping[str, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]]
+    evaluate: Callable[[tf.Tensor], tf.Tensor]
+
+    def train(self, encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Runs all stages."""
+        image = encoded
+        for stage in self.stages.values():
+            image = stage(image, seed)
+        return image
+
+
+@gin.register
+def crops(
+    image_size: int = 224,
+    resize_method: str = "legacy_bicubic",
+    antialias: bool = False,
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    eval_padding: int | None = None,
+    augmentations: Sequence[Augmentation] = (),
+) -> Preprocessing:
+    """The preprocessing of ImageNet: random crops and flips to train on, the centre to evaluate.
+
+    Args:
+        image_size: height and width of the result.
+        resize_method, antialias: see ``resize``.
+        area, aspect_ratio: bounds of the random crop; see ``distorted_box``.
+        eval_padding: see ``centre_box``.
+        augmentations: functions of an image (size, size, 3) uint8 and a seed, applied in turn.
+
+    Returns:
+        Images as float32; as uint8 where they are augmented, which the operations are made for.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    check_resize(resize_method, antialias)
+    _check_crop(image_size, area, aspect_ratio, eval_padding)
+
+    def decode(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        box = distorted_box(
+            *size_of(encoded), _fold(seed, 0), image_size, area, aspect_ratio, eval_padding
+        )
+        return decode_box(encoded, box)
+
+    def to_size(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        image = resize(image, image_size, resize_method, antialias)
+        return random_flip(image, _fold(seed, 1))
+
+    def evaluate(encoded: tf.Tensor) -> tf.Tensor:
+        box = centre_box(*size_of(encoded), image_size, eval_padding)
+        return resize(decode_box(encoded, box), image_size, resize_method, antialias)
+
+    stages = {"decode and crop": decode, "resize and flip": to_size}
+    return Preprocessing(stages | _augmenting(augmentations), evaluate)
+
+
+@gin.register
+def whole(
+    image_size: int = 32,
+    resize_method: str = "bicubic",
+    antialias: bool = False,
+    augmentations: Sequence[Augmentation] = (),
+) -> Preprocessing:
+    """Whole images, made square: for small ones that need no cropping, such as digits.
+
+    Args:
+        image_size: height and width of the result.
+        resize_method, antialias: see ``resize``.
+        augmentations: functions of an image (size, size, 3) uint8 and a seed, applied in turn.
+
+    Returns:
+        Images as uint8.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    check_resize(resize_method, antialias)
+    if image_size < 1:
+        raise ValueError(f"image_size takes at least 1 pixel, not {image_size}")
+
+    def evaluate(encoded: tf.Tensor) -> tf.Tensor:
+        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        return pixels(resize(image, image_size, resize_method, antialias))
+
+    stages = {"decode and resize": lambda encoded, seed: evaluate(encoded)}
+    return Preprocessing(stages | _augmenting(augmentations), evaluate)
+
+
+_fold = tf.random.experimental.stateless_fold_in
+
+
+def _augmenting(
+    augmentations: Sequence[Augmentation],
+) -> dict[str, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]]:
+    def augment(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        for place, augmentation in enumerate(augmentations):
+            image = augmentation(pixels(image), _fold(seed, 2 + place))
+        return image
+
+    return {"augment": augment} if augmentations else {}
+
+
+def _check_crop(
+    size: int,
+    area: tuple[float, float],
+    aspect_ratio: tuple[float, float],
+    padding: int | None,
+) -> None:
+    checks = (
+        ("image_size", size, size >= 1, "at least 1 pixel"),
+        ("area", area, _rising(area) and area[1] <= 1, "two shares above 0, rising, up to 1"),
+        (
+            "aspect_ratio",
+            aspect_ratio,
+            0 < aspect_ratio[0] <= aspect_ratio[1],
+            "two ratios, rising",
+        ),
+        ("eval_padding", padding, padding is None or padding >= 0, "pixels, or None"),
+    )
+    for name, value, fits, allowed in checks:
+        if not fits:
+            raise ValueError(f"crops.{name} takes {allowed}, not {value!r}")
+
+
+def _rising(bounds: tuple[float, float]) -> bool:
+    return 0 < bounds[0] <= bounds[1]
+
+
+def pixels(image: tf.Tensor) -> tf.Tensor:
+    """Returns an image as uint8, cut off as the official port does: clipped, then truncated."""
+    if image.dtype == tf.uint8:
+        return image
+    return tf.cast(tf.clip_by_value(image, 0, 255), tf.uint8)
+
+
+def size_of(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns height and width of an encoded image, without decoding a JPEG for it."""
     shape = tf.cond(
         tf.image.is_jpeg(encoded),
@@ -46,6 +201,7 @@ def distorted_box(
     size: int,
     area: tuple[float, float] = (0.08, 1.0),
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    padding: int | None = None,
 ) -> Box:
     """Returns a random crop of training (Szegedy et al., arXiv:1409.4842).
 
@@ -55,6 +211,7 @@ def distorted_box(
         size: to which the crop will be resized.
         area: smallest and largest share of the image.
         aspect_ratio: smallest and largest width over height.
+        padding: of the central square; see ``centre_box``.
 
     Returns:
         A box that ten attempts of TensorFlow's sampler found, or else the central square.
@@ -71,7 +228,7 @@ def distorted_box(
     )
     drawn = (begin[0], begin[1], extent[0], extent[1])
     failed = (extent[0] == height) & (extent[1] == width)
-    centre = centre_box(height, width, size)
+    centre = centre_box(height, width, size, padding)
     return tuple(tf.where(failed, c, d) for c, d in zip(centre, drawn, strict=True))
 
 
@@ -114,12 +271,17 @@ def resize(
     Raises:
         ValueError: for an unknown method, or a legacy one with ``antialias``.
     """
-    if method not in RESIZES:
-        raise ValueError(f"resize takes one of {', '.join(RESIZES)}, not {method!r}")
+    check_resize(method, antialias)
     if not method.startswith("legacy_"):
         resized = tf.image.resize(image, (size, size), method, antialias=antialias)
         return tf.cast(resized, tf.float32)
-    if antialias:
-        raise ValueError(f"resize {method!r} has no antialias: take 'bicubic' or 'bilinear'")
     legacy = tf.raw_ops.ResizeBicubic if method == "legacy_bicubic" else tf.raw_ops.ResizeBilinear
     return legacy(images=image[None], size=(size, size), half_pixel_centers=False)[0]
+
+
+def check_resize(method: str, antialias: bool) -> None:
+    """Raises a ValueError for what ``resize`` does not take."""
+    if method not in RESIZES:
+        raise ValueError(f"resize takes one of {', '.join(RESIZES)}, not {method!r}")
+    if antialias and method.startswith("legacy_"):
+        raise ValueError(f"resize {method!r} has no antialias: take 'bicubic' or 'bilinear'")

@@ -52,64 +52,6 @@ def test_the_corrected_variant_differs_where_the_port_was_wrong(name):
     assert not np.array_equal(corrected, published)
 
 
-def test_the_policy_has_25_pairs_of_known_operations():
-    assert len(autoaugment.POLICY_V0) == 25
-    for pair in autoaugment.POLICY_V0:
-        assert len(pair) == 2
-        for name, probability, level in pair:
-            assert name in autoaugment.OPERATIONS
-            assert 0 <= probability <= 1
-            assert 0 <= level <= 10
-    assert len(autoaugment.OPERATIONS) == 16
-
-
-def recorded(monkeypatch, algorithm, count: int) -> list[list[tuple[str, float]]]:
-    """Runs an algorithm eagerly and collects which operations it applied, with which values."""
-    applied: list[tuple[str, float]] = []
-
-    def record(name):
-        def apply(image, value, *rest, **kwargs):
-            applied.append((name, float(value)))
-            return image
-
-        return apply
-
-    operations = {
-        name: autoaugment.Operation(
-            autoaugment.cutout if operation.apply is autoaugment.cutout else record(name),
-            operation.scale,
-            operation.offset,
-            operation.whole,
-            operation.signed,
-            operation.variants,
-        )
-        for name, operation in autoaugment.OPERATIONS.items()
-    }
-    monkeypatch.setattr(autoaugment, "OPERATIONS", operations)
-    runs = []
-    for seed in range(count):
-        applied.clear()
-        algorithm(photo(4, 4), [seed, 7])
-        runs.append(list(applied))
-    return runs
-
-
-def test_operations_come_as_often_as_the_policy_says_with_its_values_and_either_sign(monkeypatch):
-    runs = recorded(monkeypatch, autoaugment.auto_augment, 1000)
-    values = [value for run in runs for name, value in run if name == "Rotate"]
-    shares = {30 * level / 10 for level in (0, 2, 5, 7, 8, 9)}
-    assert {abs(value) for value in values} == shares
-    signs = [value > 0 for value in values if value]
-    assert abs(np.mean(signs) - 0.5) < 4 * 0.5 / np.sqrt(len(signs))
-    expected = {}
-    for pair in autoaugment.POLICY_V0:
-        for name, probability, _ in pair:
-            expected[name] = expected.get(name, 0) + probability / 25
-    for name, mean in expected.items():
-        seen = sum(operation == name for run in runs for operation, _ in run) / len(runs)
-        assert abs(seen - mean) < 5 * np.sqrt(max(mean, 0.01) / len(runs)), name
-
-
 def test_a_seed_repeats_itself_and_compiled_equals_eager():
     image = photo()
     for function in (autoaugment.auto_augment, autoaugment.rand_augment):

@@ -100,9 +100,13 @@ def test_a_trained_network_is_evaluated_to_one_json_object(workdir):
 
 def test_another_experiment_in_the_same_workdir_is_refused(workdir):
     done = call(
-        "train.py", CONDCONV, f"--workdir={workdir}", *SHORT, "--gin_param=digits.max_shift=0.2"
+        "train.py",
+        CONDCONV,
+        f"--workdir={workdir}",
+        *SHORT,
+        "--gin_param=shift_and_rotate.max_shift=0.2",
     )
-    assert_refused(done, 2, "digits.max_shift: not bound there, 0.2 here")
+    assert_refused(done, 2, "shift_and_rotate.max_shift: 0.1 there, 0.2 here")
 
 
 @pytest.mark.slow

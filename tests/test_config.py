@@ -1,5 +1,6 @@
 """Configs: strict, saved so that they parse again, and errors of one line that name the cure."""
 
+import dataclasses
 import pathlib
 
 import gin
@@ -8,6 +9,7 @@ from etils import epath
 
 from condconv.engine import config, training
 from condconv.engine.errors import UsageError
+from data.digits import digits
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.gin"))
@@ -31,7 +33,7 @@ def test_every_config_parses_builds_and_says_how_to_run_it(path):
 
 def test_a_saved_config_parses_to_the_same_experiment(tmp_path):
     bindings = ["Experiment.seed = 7", "mobilenet_v1.width = 0.5", "SIZE = 48"]
-    bindings += ["digits.image_size = %SIZE", "mobilenet_v1.image_size = %SIZE"]
+    bindings += ["whole.image_size = %SIZE", "mobilenet_v1.image_size = %SIZE"]
     before = components(config.load([CONDCONV], bindings))
     config.save(epath.Path(tmp_path))
     after = components(config.load_run(epath.Path(tmp_path)))
@@ -75,7 +77,7 @@ BAD = {
     "Experiment.data = @digitz": "known are training: Experiment, cosine, exponential",
     "Experiment.seed = %SEED": "Experiment.seed refers to %SEED, which nothing binds",
     "EPOCHS = 3": "nothing uses %EPOCHS: remove the binding",
-    "trian/digits.image_size = 3": "nothing uses trian/digits.image_size",
+    "trian/whole.image_size = 3": "nothing uses trian/whole.image_size",
     "mobilenet_v2.width = 0.5": "nothing uses mobilenet_v2.width: remove the binding",
     "mobilenet_v1.width = '0.5'": "mobilenet_v1.width takes float, not '0.5', of type str",
     "Experiment.batch_size = 1.5": "Experiment.batch_size takes int, not 1.5, of type float",
@@ -83,6 +85,8 @@ BAD = {
     "Experiment.model = @mobilenet_v1()": "takes a factory, written @name without (), not @mob",
     "Experiment.model = 'mobilenet_v1'": "takes a factory, written @name without (), not mob",
     "mobilenet_v1.num_classes = 3": "mobilenet_v1.num_classes is set by the run itself",
+    "whole.augmentations = (@shift_and_rotat,)": "did you mean 'shift_and_rotate'?",
+    "whole.augmentations = ('shift',)": "whole.augmentations takes",
     "Experiment.batch_size = 0": "Experiment.batch_size takes an integer of at least 1, not 0",
     "Experiment.precision = 'int8'": "Experiment.precision takes float32 or mixed_bfloat16",
     "Experiment.duration = '3 weeks'": "Experiment.duration takes a number and one of steps,",
@@ -127,6 +131,12 @@ def test_what_an_experiment_needs_is_named(tmp_path):
     assert "Experiment.duration" in message
 
 
+def test_a_source_alone_is_no_data():
+    experiment = dataclasses.replace(config.load([DIGITS]), data=digits)
+    message = message_of(lambda: training.build(experiment))
+    assert message.startswith("Experiment.data takes @pipeline, with pipeline.source = @digits")
+
+
 def test_a_config_that_includes_itself_is_named(tmp_path):
     path = tmp_path / "loop.gin"
     path.write_text(f"include '{path}'\n")
@@ -146,7 +156,10 @@ BAD_BUILDS = {
     "mobilenet_v1.image_size = 48": "mobilenet_v1 takes images of 48×48×3 and digits gives 32×32×3",
     "mobilenet_v1.num_experts = -1": "num_experts takes 0 (static) or a positive integer, not -1",
     "mobilenet_v1.first_condconv_block = 99": "first_condconv_block takes a block from 1 to 13",
-    "digits.image_size = 4": "digits: image_size takes at least 8",
+    "whole.image_size = 0": "image_size takes at least 1 pixel, not 0",
+    "whole.resize_method = 'cubic'": "resize takes one of legacy_bicubic, legacy_bilinear, bicubic",
+    "shift_and_rotate.max_shift = -1.0": "shift_and_rotate: max_shift and max_degrees take no neg",
+    "pipeline.max_broken = -1": "pipeline.max_broken takes no negative number, not -1",
     "Experiment.eval_split = 'validation'": "digits has no split 'validation'; it has minival, te",
     "Experiment.devices = 'gpus'": "Experiment.devices takes 'auto' or 'cpu:N', not 'gpus'",
     "cosine.warmup = '5 eopchs'": "cosine.warmup takes a number and one of",

@@ -22,7 +22,7 @@ def test_evaluation_images_are_those_of_the_official_code(key):
     recipe, number = key.split("_")
     size, mnasnet = int(recipe[-3:]), recipe.startswith("mnas")
     encoded = jpeg(number)
-    box = preprocess.centre_box(*preprocess.image_size(encoded), size, 32 if mnasnet else None)
+    box = preprocess.centre_box(*preprocess.size_of(encoded), size, 32 if mnasnet else None)
     method = "legacy_bilinear" if mnasnet else "legacy_bicubic"
     got = preprocess.resize(preprocess.decode_box(encoded, box), size, method).numpy()
     np.testing.assert_allclose(got, GOLDEN[key] / 64, atol=0.01)
@@ -57,7 +57,7 @@ def test_where_no_crop_fits_it_is_the_central_square():
 def test_any_format_is_cut_where_a_jpeg_would_be():
     whole = tf.io.decode_jpeg(jpeg(3), channels=3)
     png = tf.io.encode_png(whole).numpy()
-    assert tuple(map(int, preprocess.image_size(png))) == (80, 101)
+    assert tuple(map(int, preprocess.size_of(png))) == (80, 101)
     box = (5, 16, 70, 60)
     np.testing.assert_array_equal(
         preprocess.decode_box(png, box).numpy(), whole.numpy()[5:75, 16:76]

@@ -17,7 +17,9 @@ from condconv.engine.experiment import Experiment
 from condconv.engine.telemetry import read_metrics
 from condconv.normalization import BatchNormalization, PixelNormalization
 from condconv.stochastic import Dropout, StochasticDepth
-from data.pipeline import Pipeline, Split
+from data.pipeline import Pipeline
+from data.preprocess import whole
+from data.source import Source, Split, indexed
 
 NUM_EXAMPLES = {"train": 40, "minival": 7, "test": 23}
 
@@ -30,15 +32,14 @@ def stripes(image_size: int = 6) -> Pipeline:
         labels = np.arange(count) % 3
         images = rng.integers(0, 100, (count, image_size, image_size, 3), np.uint8)
         images[np.arange(count), labels] = 255
-        splits[name] = Split(count, reader(images, labels))
-    return Pipeline("stripes", 3, splits, lambda image, seed: image)
+        splits[name] = encoded(images, labels)
+    return Pipeline(Source("stripes", 3, splits), whole(image_size))
 
 
-def reader(images, labels):
-    return lambda index: {
-        "image": tf.ensure_shape(tf.gather(images, index), images.shape[1:]),
-        "label": tf.gather(labels.astype(np.int64), index),
-    }
+def encoded(images: np.ndarray, labels: np.ndarray) -> Split:
+    pngs = tf.constant([tf.io.encode_png(image).numpy() for image in images], tf.string)
+    classes = tf.constant(labels, tf.int64)
+    return indexed(len(images), lambda i: {"image": pngs[i], "label": classes[i], "id": "a stripe"})
 
 
 def network(num_classes: int, filters: int = 4) -> keras.Model:
@@ -274,8 +275,8 @@ def test_a_checkpoint_of_another_model_names_the_first_differences(trained):
 
 def test_an_empty_split_is_refused(trained):
     def empty() -> Pipeline:
-        images, labels = np.zeros((1, 6, 6, 3), np.uint8), np.zeros(1, np.int64)
-        return Pipeline("stripes", 3, {"test": Split(0, reader(images, labels))}, None)
+        nothing = encoded(np.zeros((0, 6, 6, 3), np.uint8), np.zeros(0))
+        return Pipeline(Source("stripes", 3, {"test": nothing}), whole(6))
 
     with pytest.raises(UsageError, match="the split 'test' of stripes is empty"):
         evaluation.evaluate_run(experiment(data=empty), trained)
@@ -362,11 +363,10 @@ def test_bfloat16_trains_with_float32_weights(tmp_path):
 
 def test_evaluation_that_misses_an_example_fails():
     class Short(Pipeline):
-        def eval_batches(self, split, *, batch_size):
-            return super().eval_batches(split, batch_size=batch_size).take(1)
+        def eval_batches(self, split, **arguments):
+            return super().eval_batches(split, **arguments).take(1)
 
-    whole = stripes()
-    short = Short(whole.name, 3, whole.splits, whole.augment)
+    short = Short(stripes().source, stripes().preprocessing)
     evaluator = evaluation.Evaluator(network(3), short, 8, tf.distribute.get_strategy())
     with pytest.raises(
         RunError, match="saw 8 examples, 8 of them different, instead of each of 23"

@@ -32,7 +32,7 @@ def run(main: Callable[[list[str]], int | None], arguments: str = "") -> None:
     try:
         if rest and not arguments:
             raise UsageError(f"takes flags only, not {rest[0]!r}; see --help")
-        with _quiet_tensorflow():
+        with quiet_tensorflow():
             import tensorflow  # noqa: F401
         sys.exit(main(rest) or 0)
     except KeyboardInterrupt:
@@ -49,7 +49,7 @@ def _fail(error: Exception, code: int) -> int:
 
 
 @contextlib.contextmanager
-def _quiet_tensorflow() -> Iterator[None]:
+def quiet_tensorflow() -> Iterator[None]:
     """Keeps TensorFlow's greeting off the screen; shows it after all if loading fails.
 
     Its first lines come before any log level is read, so only the file descriptor can be held.

@@ -283,6 +283,8 @@ def _readable(hint: Any) -> str:
 
 def _resolved(value: Any) -> Any:
     """Returns what a bound value will be: a macro's value, a factory, or the literal itself."""
+    if isinstance(value, list | tuple):
+        return type(value)(_resolved(each) for each in value)
     if not isinstance(value, gin.config.ConfigurableReference):
         return value
     if _is_macro(value.configurable.selector):

@@ -1,7 +1,8 @@
 """Where a run computes, and in which precision."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -42,6 +43,30 @@ def _logical_cpus(count: int) -> list[str]:
                 f"only {len(tf.config.list_logical_devices('CPU'))} are there"
             ) from None
     return [f"CPU:{index}" for index in range(count)]
+
+
+def distribute(
+    strategy: tf.distribute.Strategy,
+    batch_size: int,
+    batches: Callable[[int, int, int], tf.data.Dataset],
+) -> Any:
+    """Returns batches divided among the replicas.
+
+    Args:
+        strategy: that has them.
+        batch_size: of all replicas together.
+        batches: batch size of a worker, its number and how many there are, to its batches.
+    """
+
+    def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        # A global batch is split by worker first, then by replica of the worker.
+        workers = context.num_input_pipelines
+        whole = batches(batch_size // workers, context.input_pipeline_id, workers)
+        if context.num_replicas_in_sync == workers:
+            return whole
+        return whole.rebatch(batch_size // context.num_replicas_in_sync, drop_remainder=True)
+
+    return strategy.distribute_datasets_from_function(of_worker)
 
 
 @contextlib.contextmanager

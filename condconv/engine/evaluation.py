@@ -1,6 +1,7 @@
 """Evaluation that counts: each example once, whatever the batch and the number of devices."""
 
 import dataclasses
+import math
 from typing import Any
 
 import keras
@@ -17,8 +18,8 @@ from condconv.engine.experiment import (
     build_data,
     build_model,
     check_images_fit,
+    failing_in_one_line,
 )
-from condconv.engine.optimization import cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,22 +27,25 @@ class Predictions:
     """What a network said of each example of a split, by its index.
 
     Attributes:
-        label: (N,) true classes.
-        rank: (N,) how many classes scored higher than the true one; 0 where it was right.
+        answer: (N,) the class that scored highest.
+        rank: (N,) how many classes scored higher than the best right one; 0 where it was right.
         loss: (N,) unsmoothed cross-entropy.
+        scored: (N,) whether any class is known to be right; the others do not count.
     """
 
-    label: np.ndarray
+    answer: np.ndarray
     rank: np.ndarray
     loss: np.ndarray
+    scored: np.ndarray
 
-    def summary(self, num_classes: int) -> dict[str, float | int]:
-        """Returns ``top1``, ``top5`` (of at most ``num_classes``), ``loss`` and ``images``."""
+    def summary(self, num_answers: int) -> dict[str, float | int]:
+        """Returns ``top1``, ``top5`` (of at most ``num_answers``), ``loss`` and ``images``."""
+        rank, loss = self.rank[self.scored], self.loss[self.scored]
         return {
-            "top1": float(np.mean(self.rank < 1)),
-            "top5": float(np.mean(self.rank < min(5, num_classes))),
-            "loss": float(np.mean(self.loss, dtype=np.float64)),
-            "images": len(self.rank),
+            "top1": float(np.mean(rank < 1)),
+            "top5": float(np.mean(rank < min(5, num_answers))),
+            "loss": float(np.mean(loss, dtype=np.float64)),
+            "images": len(rank),
         }
 
 
@@ -53,10 +57,13 @@ class Evaluator:
     ):
         self._data, self._strategy = data, strategy
         self._batch_size = batch_size
+        allowed = np.ones(data.num_classes, bool)
+        if data.answers is not None:
+            allowed = np.isin(np.arange(data.num_classes), data.answers)
 
         @tf.function
         def step(batch: dict[str, tf.Tensor]) -> Any:
-            return strategy.run(_judge, args=(model, batch))
+            return strategy.run(_judge, args=(model, batch, allowed))
 
         self._step = step
 
@@ -66,8 +73,12 @@ class Evaluator:
         Raises:
             RunError: if not every example was seen exactly once.
         """
-        batches = self._strategy.experimental_distribute_dataset(
-            self._data.eval_batches(split, batch_size=self._batch_size)
+        batches = devices.distribute(
+            self._strategy,
+            self._batch_size,
+            lambda size, shard, shards: self._data.eval_batches(
+                split, batch_size=size, shard=shard, num_shards=shards
+            ),
         )
         parts = [self._local(self._step(batch)) for batch in batches]
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
@@ -87,17 +98,35 @@ class Evaluator:
         return [np.concatenate([part.numpy() for part in column]) for column in columns]
 
 
-def _judge(model: keras.Model, batch: dict[str, tf.Tensor]) -> tuple[tf.Tensor, ...]:
+def _judge(
+    model: keras.Model, batch: dict[str, tf.Tensor], allowed: np.ndarray
+) -> tuple[tf.Tensor, ...]:
+    """Returns index, answer, rank, loss and whether to count them, of each example of a batch.
+
+    An image that cannot be read is answered wrongly, as if all classes were equally likely.
+    """
     logits = tf.cast(model(batch["image"], training=False), tf.float32)
-    labels = batch["label"]
-    own = tf.gather(logits, labels, axis=1, batch_dims=1)[:, None]
+    logits = tf.where(allowed, logits, -np.inf)
+    right = batch["label"]
+    if right.shape.rank == 1:
+        right = tf.one_hot(right, len(allowed), on_value=True, off_value=False)
+    of_right = tf.where(right, logits, -np.inf)
+    own = tf.reduce_max(of_right, axis=-1, keepdims=True)
     # A class of the same score counts as higher if it comes first, as in a sorted list; a logit
     # that is no number beats none, so a broken network scores as wrong.
-    first = tf.range(logits.shape[-1], dtype=labels.dtype) < labels[:, None]
+    first = tf.range(len(allowed), dtype=tf.int64) < tf.argmax(of_right, axis=-1)[:, None]
     undefined = tf.math.is_nan(logits) | tf.math.is_nan(own)
     higher = (logits > own) | (first & (logits == own)) | undefined
     rank = tf.reduce_sum(tf.cast(higher, tf.int32), axis=-1)
-    return batch["index"], labels, rank, cross_entropy(labels, logits)
+    loss = tf.reduce_logsumexp(logits, axis=-1) - tf.reduce_logsumexp(of_right, axis=-1)
+    readable = batch["readable"]
+    return (
+        batch["index"],
+        tf.where(readable, tf.argmax(logits, axis=-1), -1),
+        tf.where(readable, rank, len(allowed)),
+        tf.where(readable, loss, math.log(np.sum(allowed))),
+        tf.reduce_any(right, axis=-1),
+    )
 
 
 def evaluate_run(
@@ -135,7 +164,8 @@ def evaluate_run(
     variables = checkpoints.named_variables(model)
     checkpoints.fit(values, variables, f"the checkpoint of step {step}")
     batch_size = experiment.eval_batch_size or experiment.batch_size
-    predictions = Evaluator(model, data, batch_size, strategy)(experiment.eval_split)
+    with failing_in_one_line():
+        predictions = Evaluator(model, data, batch_size, strategy)(experiment.eval_split)
     cost = count_cost(model)
     return {
         **predictions.summary(data.num_classes),

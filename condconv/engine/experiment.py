@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import gin
 import keras
+import tensorflow as tf
 
 from condconv.engine import devices
-from condconv.engine.errors import UsageError
+from condconv.engine.errors import RunError, UsageError
 from condconv.engine.optimization import Clock, Duration, check_duration
 
 PRECISIONS = ("float32", "mixed_bfloat16")
@@ -20,6 +22,8 @@ class Data(Protocol):
 
     name: str
     num_classes: int
+    answers: Sequence[int] | None
+    """Classes that evaluation chooses from; None for all."""
 
     def num_examples(self, split: str) -> int:
         """Returns how many examples ``split`` has."""
@@ -28,6 +32,8 @@ class Data(Protocol):
         self, split: str, *, batch_size: int, seed: int, start: int, shard: int, num_shards: int
     ) -> Any:
         """Returns a ``tf.data.Dataset`` without end of {"image", "label"}.
+
+        Labels are (B,) classes or (B, num_classes) probabilities.
 
         Args:
             split: to read.
@@ -38,10 +44,14 @@ class Data(Protocol):
             num_shards: parts of a global batch.
         """
 
-    def eval_batches(self, split: str, *, batch_size: int) -> Any:
-        """Returns a ``tf.data.Dataset`` of {"image", "label", "index"}, each example once.
+    def eval_batches(
+        self, split: str, *, batch_size: int, shard: int = 0, num_shards: int = 1
+    ) -> Any:
+        """Returns a ``tf.data.Dataset`` of each example once, over all shards.
 
-        The last batch is filled up with examples of index -1.
+        Its elements are {"image", "label", "index", "readable"}, each (batch_size, …). Labels are
+        classes, or (B, num_classes) bool where several are right or none is known. All shards
+        have as many batches, filled up with examples of index -1.
         """
 
 
@@ -135,6 +145,11 @@ def build_data(experiment: Experiment, *splits: str) -> Data:
     """
     with blaming_the_config():
         data = experiment.data()
+        if not hasattr(data, "train_batches"):
+            raise UsageError(
+                "Experiment.data takes @pipeline, with pipeline.source = "
+                f"@{getattr(data, 'name', data)} and a pipeline.preprocessing"
+            )
         for split in splits:
             if not data.num_examples(split):
                 raise UsageError(f"the split {split!r} of {data.name} is empty")
@@ -167,10 +182,29 @@ def _size(shape: tuple[int | None, ...]) -> str:
 
 
 @contextlib.contextmanager
+def failing_in_one_line() -> Iterator[None]:
+    """Turns what TensorFlow has against a run, such as an image it cannot read, into a RunError."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        lines = error.message.split("}}")[-1].strip().split("\n")
+        raise RunError(re.sub(r"^\w+Error: ", "", lines[0])) from error
+
+
+@contextlib.contextmanager
 def blaming_the_config() -> Iterator[None]:
     """Turns what a factory has against its arguments into a UsageError of one line."""
     try:
         yield
     except (UsageError, ValueError, TypeError) as error:
-        first, *_ = str(error).strip().split("\n")  # gin adds where it came from
-        raise UsageError(first) from error
+        raise UsageError(_gist(error)) from error
+
+
+def _gist(error: Exception) -> str:
+    """Returns the line that says what is wrong: gin adds behind it where the value came from, and
+    TensorFlow's tracing puts before it where in the code it was.
+    """
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    traced = lines[0].startswith("in user code:")
+    raised = next((line for line in lines if re.match(r"(Value|Type)Error: ", line)), lines[-1])
+    return re.sub(r"^\w+Error: ", "", raised) if traced else lines[0]

@@ -232,6 +232,11 @@ def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) 
     return tf.nn.softmax_cross_entropy_with_logits(labels, logits)
 
 
+def likeliest(labels: tf.Tensor) -> tf.Tensor:
+    """Returns the class of each label, (B,) int64; of mixed ones (B, classes) the largest share."""
+    return tf.cast(labels, tf.int64) if labels.shape.rank == 1 else tf.argmax(labels, axis=-1)
+
+
 def decayed_variables(model: keras.Model) -> list[keras.Variable]:
     """Returns what weight decay acts on: all trainable variables but those of batch norm.
 

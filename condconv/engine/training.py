@@ -27,6 +27,7 @@ from condconv.engine.experiment import (
     build_data,
     build_model,
     check_images_fit,
+    failing_in_one_line,
 )
 from condconv.engine.optimization import (
     Clock,
@@ -34,6 +35,7 @@ from condconv.engine.optimization import (
     cross_entropy,
     decayed_variables,
     half_squared_norm,
+    likeliest,
 )
 from condconv.stochastic import seed_scope
 
@@ -113,6 +115,15 @@ def build(experiment: Experiment) -> Run:
         model = build_model(experiment, data.num_classes)
         check_images_fit(model, data, experiment.train_split)
         with blaming_the_config():
+            data.train_batches(
+                experiment.train_split,
+                batch_size=experiment.batch_size,
+                seed=experiment.seed,
+                start=0,
+                shard=0,
+                num_shards=1,
+            )
+        with blaming_the_config():
             schedule = experiment.schedule(clock=clock)
             optimizer = experiment.optimizer(learning_rate=schedule)
         optimizer.build(model.trainable_variables)
@@ -151,6 +162,7 @@ def train(experiment: Experiment, workdir: epath.Path) -> int:
     with (
         telemetry.Telemetry(workdir, run.clock.total_steps, experiment.batch_size, start) as told,
         _signals() as caught,
+        failing_in_one_line(),
     ):
         _loop(run, kept, told, start, caught)
     if caught:
@@ -308,27 +320,17 @@ def train_batches(run: Run, start: int) -> Any:
     """Returns the distributed training batches from step ``start`` on."""
     experiment = run.experiment
 
-    def shard(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        # A global batch is split by worker first, then by replica of the worker.
-        workers = context.num_input_pipelines
-        replicas = context.num_replicas_in_sync // workers
-        batches = run.data.train_batches(
+    def batches(batch_size: int, shard: int, num_shards: int) -> tf.data.Dataset:
+        return run.data.train_batches(
             experiment.train_split,
-            batch_size=experiment.batch_size // workers,
+            batch_size=batch_size,
             seed=experiment.seed,
             start=start,
-            shard=context.input_pipeline_id,
-            num_shards=workers,
-        )
-        return (
-            batches
-            if replicas == 1
-            else batches.unbatch().batch(
-                experiment.batch_size // context.num_replicas_in_sync, drop_remainder=True
-            )
+            shard=shard,
+            num_shards=num_shards,
         )
 
-    return run.strategy.distribute_datasets_from_function(shard)
+    return devices.distribute(run.strategy, experiment.batch_size, batches)
 
 
 def make_steps(run: Run) -> Callable[[Any, int, int], dict[str, tf.Tensor]]:
@@ -376,7 +378,7 @@ def _step(run: Run, batch: dict[str, tf.Tensor], step: tf.Tensor) -> dict[str, t
         objective += sum(model.losses) / replicas
     gradients = tape.gradient(objective, model.trainable_variables)
     run.optimizer.apply(gradients, model.trainable_variables)
-    hits = tf.equal(tf.argmax(logits, axis=-1), tf.cast(batch["label"], tf.int64))
+    hits = tf.equal(tf.argmax(logits, axis=-1), likeliest(batch["label"]))
     return {
         "examples": tf.cast(tf.size(errors), tf.float32),
         "loss": tf.reduce_sum(cross_entropy(batch["label"], logits)),

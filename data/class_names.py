@@ -1,0 +1,33 @@
+"""What the 1,000 classes of ImageNet (ILSVRC2012) are called, in the order of their labels.
+
+The table, from WordNet 3.0, is in ``imagenet_classes.tsv`` next to this file.
+"""
+
+import functools
+import pathlib
+
+_TABLE = pathlib.Path(__file__).with_name("imagenet_classes.tsv")
+
+
+def imagenet_synsets() -> tuple[str, ...]:
+    """Returns the WordNet number of each class, such as "n01440764", all different."""
+    return tuple(synset for synset, _ in _table())
+
+
+def imagenet_class_names(short: bool = False) -> tuple[str, ...]:
+    """Returns the words for each class, such as "tench, Tinca tinca".
+
+    Two classes are called "crane" (134, the bird, and 517, the machine): a name does not tell
+    which class is meant, a label or a synset does.
+
+    Args:
+        short: return only the first word of each; then 638 and 639 are both "maillot" as well.
+    """
+    names = (name for _, name in _table())
+    return tuple(name.split(", ")[0] if short else name for name in names)
+
+
+@functools.cache
+def _table() -> tuple[tuple[str, str], ...]:
+    lines = _TABLE.read_text(encoding="utf-8").splitlines()
+    return tuple(tuple(line.split("\t")) for line in lines if not line.startswith("#"))

@@ -1,0 +1,112 @@
+"""ImageNet and the data sets that test its networks elsewhere, as TFDS prepares them."""
+
+from collections.abc import Callable
+
+import gin
+import numpy as np
+import tensorflow as tf
+
+from data.class_names import imagenet_class_names
+from data.records import parser, prepared, splits, tfds_dataset
+from data.source import Source, Split
+
+V2_VARIANTS = ("matched-frequency", "threshold-0.7", "topimages")
+
+_CLASSES = 1000
+_SOME_CLASSES = 200  # of ImageNet-A and -R
+
+
+@gin.register
+def imagenet2012(data_dir: str | None = None, minival_percent: int = 1) -> Source:
+    """ILSVRC2012 with the splits "train", "minival" and "validation".
+
+    Args:
+        data_dir: where ``scripts/prepare_imagenet.py`` put it; TFDS' own default if None.
+        minival_percent: the last of "train" that are held out as "minival", never trained on; if
+            0, "train" is all of it and there is no "minival".
+    """
+    return _thousand_classes("imagenet2012", data_dir, minival_percent)
+
+
+@gin.register
+def imagenet_v2(variant: str = "matched-frequency", data_dir: str | None = None) -> Source:
+    """ImageNetV2 (Recht et al., arXiv:1902.10811): 10,000 new images, the split "test".
+
+    Args:
+        variant: "matched-frequency", "threshold-0.7" or "topimages".
+        data_dir: where TFDS prepared it.
+    """
+    if variant not in V2_VARIANTS:
+        raise ValueError(
+            f"imagenet_v2.variant takes one of {', '.join(V2_VARIANTS)}, not {variant!r}"
+        )
+    return _thousand_classes(f"imagenet_v2/{variant}", data_dir)
+
+
+@gin.register
+def imagenet_sketch(data_dir: str | None = None) -> Source:
+    """ImageNet-Sketch (Wang et al., arXiv:1905.13549): 50,889 drawings, the split "test"."""
+    return _thousand_classes("imagenet_sketch", data_dir)
+
+
+@gin.register
+def imagenet_a(data_dir: str | None = None) -> Source:
+    """ImageNet-A (Hendrycks et al., arXiv:1907.07174): 7,500 hard photographs, the split "test".
+
+    Answers are chosen from its 200 classes.
+    """
+    return _among_its_own(_thousand_classes("imagenet_a", data_dir))
+
+
+@gin.register
+def imagenet_r(data_dir: str | None = None) -> Source:
+    """ImageNet-R (Hendrycks et al., arXiv:2006.16241): 30,000 renditions, the split "test".
+
+    Answers are chosen from its 200 classes.
+    """
+    return _among_its_own(_thousand_classes("imagenet_r", data_dir))
+
+
+@gin.register
+def imagenet2012_real(data_dir: str | None = None) -> Source:
+    """ImageNet's validation images with "ReaL" labels (Beyer et al., arXiv:2006.07159).
+
+    An image has any number of right classes; those without one are not scored.
+    """
+    builder = prepared("imagenet2012_real", data_dir)
+
+    def label(record: dict[str, tf.Tensor]) -> tf.Tensor:
+        right = tf.one_hot(record["real_label"], _CLASSES, on_value=True, off_value=False)
+        return tf.reduce_any(right, axis=0)
+
+    parse = parser(builder, "image", label)
+    return Source("imagenet2012_real", _CLASSES, splits(builder, parse), imagenet_class_names())
+
+
+def _thousand_classes(name: str, data_dir: str | None, minival_percent: int = 0) -> Source:
+    found = tfds_dataset(name, data_dir, minival_percent)
+    return Source(found.name, _CLASSES, found.splits, imagenet_class_names())
+
+
+def _among_its_own(source: Source) -> Source:
+    """Restricts the answers to the classes that occur.
+
+    Raises:
+        ValueError: if these are not 200, so that a part of the data cannot pass for the whole.
+    """
+    (split,) = source.splits.values()
+    labels = _labels(split)
+    if len(labels) != _SOME_CLASSES:
+        raise ValueError(
+            f"{source.name} has {_SOME_CLASSES} classes, but {len(labels)} occur in what is "
+            "prepared: prepare all of it"
+        )
+    return Source(source.name, _CLASSES, source.splits, source.class_names, labels)
+
+
+def _labels(split: Split) -> list[int]:
+    parts = np.arange(len(split.lengths))
+    segments = tf.data.Dataset.from_tensor_slices((parts, 0 * parts, split.lengths))
+    only_label: Callable[..., tf.Tensor] = lambda payload, index: split.parse(payload)["label"]  # noqa: E731
+    labels = split.read(segments).map(only_label, num_parallel_calls=tf.data.AUTOTUNE)
+    return sorted({int(label) for label in labels.as_numpy_iterator()})

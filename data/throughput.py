@@ -1,0 +1,124 @@
+"""How fast the input is, stage by stage, and how fast a PIL pipeline does the same work.
+
+A round makes some images and returns how many; who calls it decides on which cores, and takes the
+time. No round leaves anything running behind it.
+"""
+
+import dataclasses
+import io
+import itertools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+from data.autoaugment import auto_augment
+from data.order import Order
+from data.pipeline import Pipeline
+from data.preprocess import Preprocessing, crops, distorted_box
+
+# A round begins, and may be read on after the clock has started.
+Round = Iterator[int]
+
+_PIL = "PIL crop, bicubic, flip"
+_OURS = {
+    "crop, bicubic, flip": {},
+    "antialiased": {"resize_method": "bicubic", "antialias": True},
+    "with AutoAugment": {"augmentations": (auto_augment,)},
+}
+
+# In a round: until as much is under way as will be when the clock stops, and behind that.
+_WARM_UP, _BATCHES = 6, 12
+_SEED = 0
+
+
+def rounds(
+    pipeline: Pipeline, split: str, batch_size: int
+) -> dict[str, dict[str, Callable[[], Round]]]:
+    """Returns what can be measured of a pipeline, in two groups, "stages" and "compared"."""
+    return {
+        "stages": stages(pipeline, split, batch_size),
+        "compared": compared(pipeline, split, batch_size),
+    }
+
+
+def stages(pipeline: Pipeline, split: str, batch_size: int) -> dict[str, Callable[[], Round]]:
+    """Returns rounds of the pipeline's first stage, its first two, and so on, by the last's name.
+
+    Args:
+        pipeline: to measure.
+        split: to train on.
+        batch_size: of its batches.
+    """
+    names = ["read", *pipeline.preprocessing.stages]
+    cut = {name: _up_to(pipeline, place) for place, name in enumerate(names)} | {"batch": pipeline}
+    return {name: _rounds(part, split, batch_size) for name, part in cut.items()}
+
+
+def compared(pipeline: Pipeline, split: str, batch_size: int) -> dict[str, Callable[[], Round]]:
+    """Returns rounds of the crops of training as PIL makes them and as we do, by name."""
+    size = pipeline.eval_batches(split, batch_size=1).element_spec["image"].shape[1]
+    ours = {
+        name: dataclasses.replace(pipeline, preprocessing=crops(size, **arguments), mixing=None)
+        for name, arguments in _OURS.items()
+    }
+    rounds = {name: _rounds(each, split, batch_size) for name, each in ours.items()}
+    return {_PIL: _pil(pipeline, split, batch_size, size)} | rounds
+
+
+def _up_to(pipeline: Pipeline, count: int) -> Pipeline:
+    """Returns the pipeline with its first stages only, and without their results' memory."""
+    kept = dict(itertools.islice(pipeline.preprocessing.stages.items(), count))
+    # One value of it: the whole would be copied into a batch, its size alone not even computed.
+    kept["forget"] = lambda image, seed: tf.reshape(image, [-1])[:1]
+    preprocessing = Preprocessing(kept, pipeline.preprocessing.evaluate)
+    return dataclasses.replace(pipeline, preprocessing=preprocessing, mixing=None)
+
+
+def _rounds(pipeline: Pipeline, split: str, batch_size: int) -> Callable[[], Round]:
+    batches = pipeline.train_batches(split, batch_size=batch_size, seed=_SEED)
+
+    def images() -> Round:
+        iterator = iter(batches)
+        for _ in range(_WARM_UP):
+            next(iterator)
+        yield 0  # the clock starts here
+        for _ in range(_BATCHES):
+            next(iterator)
+            yield batch_size
+
+    return images
+
+
+def _pil(pipeline: Pipeline, split: str, batch_size: int, size: int) -> Callable[[], Round]:
+    """The same crops of the same images, as a loader for PyTorch makes them, but one at a time."""
+    records = pipeline.source.splits[split]
+    payloads = Order(records, batch_size, _SEED).batches(0, 0, 1).take(_BATCHES)
+    encoded = [records.parse(p)["image"].numpy() for batch, _ in payloads for p in batch]
+    boxes = [_box(image, seed, size) for seed, image in enumerate(encoded)]
+    flips = np.random.default_rng(_SEED).random(len(encoded)) < 0.5
+
+    def images() -> Round:
+        yield 0
+        for work in zip(encoded, boxes, flips, strict=True):
+            _pil_image(*work, size)
+            yield 1
+
+    return images
+
+
+def _box(encoded: bytes, seed: int, size: int) -> tuple[int, int, int, int]:
+    """Returns left, top, right and bottom, as PIL counts."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        width, height = image.size
+    top, left, height, width = (int(v) for v in distorted_box(height, width, [seed, 0], size))
+    return left, top, left + width, top + height
+
+
+def _pil_image(encoded: bytes, box: tuple[int, int, int, int], flip: bool, size: int) -> np.ndarray:
+    image = Image.open(io.BytesIO(encoded)).convert("RGB").crop(box)
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(image)
