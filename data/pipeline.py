@@ -7,7 +7,7 @@ workers, nor on the step at which the run began.
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import gin
 import tensorflow as tf
@@ -59,6 +59,11 @@ class Pipeline:
         """The classes that evaluation chooses from; None for all."""
         return None if self.source.answers is None else list(self.source.answers)
 
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Of all classes, or none."""
+        return self.source.class_names
+
     def num_examples(self, split: str) -> int:
         """Returns how many examples ``split`` has.
 
@@ -100,10 +105,12 @@ class Pipeline:
                 self.name, step, order.steps, epoch, read,
             )  # fmt: skip
         broken = Broken(self.name, self.max_broken)
+        own, _ = tf.unstack(tf.random.experimental.stateless_fold_in([seed, _AUGMENTATION], 0))
+        own = tf.cast(own, tf.int64)
 
         def example(payload: tf.Tensor, index: tf.Tensor, position: tf.Tensor) -> Tensors:
             record = records.parse(payload)
-            key = tf.random.experimental.stateless_fold_in([seed, _AUGMENTATION], position)
+            key = tf.stack([own, position])
             image = self.preprocessing.train(record["image"], key)
             return {"image": image, "label": record["label"], "key": key}
 
@@ -122,6 +129,23 @@ class Pipeline:
 
         batches = order.batches(start, shard, num_shards).enumerate(start)
         return _in_parallel(batches, batch).map(_as_written(self._mixed)).prefetch(tf.data.AUTOTUNE)
+
+    def untouched(
+        self, split: str, *, batch_size: int, seed: int, start: int = 0
+    ) -> tf.data.Dataset:
+        """Returns the same images as ``train_batches``, as evaluation would see them.
+
+        Returns:
+            Dataset of {"image", "label"}, one element for each image.
+        """
+        records = self._split(split)
+
+        def example(payload: tf.Tensor, index: tf.Tensor) -> Tensors:
+            record = records.parse(payload)
+            image = self.preprocessing.evaluate(record["image"])
+            return {"image": image, "label": record["label"]}
+
+        return Order(records, batch_size, seed).batches(start, 0, 1).unbatch().map(example)
 
     def eval_batches(
         self, split: str, *, batch_size: int, shard: int = 0, num_shards: int = 1

@@ -14,7 +14,6 @@ from data.augment import random_flip
 
 RESIZES = ("legacy_bicubic", "legacy_bilinear", "bicubic", "bilinear")
 
-Box = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]  # top, left, height, width, in pixels
 
 Augmentation = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
@@ -72,18 +71,18 @@ def crops(
     _check_crop(image_size, area, aspect_ratio, eval_padding)
 
     def decode(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        box = distorted_box(
-            *size_of(encoded), _fold(seed, 0), image_size, area, aspect_ratio, eval_padding
-        )
-        return decode_box(encoded, box)
+        def choose(extent: tf.Tensor) -> tf.Tensor:
+            return distorted_box(extent, seed, image_size, area, aspect_ratio, eval_padding)
+
+        return decode_crop(encoded, choose)
 
     def to_size(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         image = resize(image, image_size, resize_method, antialias)
-        return random_flip(image, _fold(seed, 1))
+        return random_flip(image, _branch(seed, 1))
 
     def evaluate(encoded: tf.Tensor) -> tf.Tensor:
-        box = centre_box(*size_of(encoded), image_size, eval_padding)
-        return resize(decode_box(encoded, box), image_size, resize_method, antialias)
+        image = decode_crop(encoded, lambda extent: centre_box(extent, image_size, eval_padding))
+        return resize(image, image_size, resize_method, antialias)
 
     stages = {"decode and crop": decode, "resize and flip": to_size}
     return Preprocessing(stages | _augmenting(augmentations), evaluate)
@@ -121,7 +120,9 @@ def whole(
     return Preprocessing(stages | _augmenting(augmentations), evaluate)
 
 
-_fold = tf.random.experimental.stateless_fold_in
+def _branch(seed: tf.Tensor, use: int) -> tf.Tensor:
+    """Returns a seed for one use of a seed: cheaper than folding, and as good, but only once."""
+    return tf.add(seed, [use, 0])
 
 
 def _augmenting(
@@ -129,7 +130,7 @@ def _augmenting(
 ) -> dict[str, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]]:
     def augment(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         for place, augmentation in enumerate(augmentations):
-            image = augmentation(pixels(image), _fold(seed, 2 + place))
+            image = augmentation(pixels(image), _branch(seed, 2 + place))
         return image
 
     return {"augment": augment} if augmentations else {}
@@ -168,45 +169,59 @@ def pixels(image: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.clip_by_value(image, 0, 255), tf.uint8)
 
 
-def size_of(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns height and width of an encoded image, without decoding a JPEG for it."""
-    shape = tf.cond(
-        tf.image.is_jpeg(encoded),
-        lambda: tf.image.extract_jpeg_shape(encoded),
-        lambda: tf.shape(tf.io.decode_image(encoded, channels=3, expand_animations=False)),
-    )
-    return shape[0], shape[1]
-
-
-def centre_box(height: tf.Tensor, width: tf.Tensor, size: int, padding: int | None = None) -> Box:
-    """Returns the central square of evaluation.
+def decode_crop(encoded: tf.Tensor, choose: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """Decodes part of an image, without the rest of it where it is a JPEG.
 
     Args:
-        height, width: of the image.
+        encoded: bytes of a JPEG, PNG, GIF (its first frame) or BMP.
+        choose: height and width, (2,) int32, to the box to decode: top, left, height and width,
+            (4,) int32.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+
+    def of_jpeg() -> tf.Tensor:
+        box = choose(tf.image.extract_jpeg_shape(encoded)[:2])
+        return tf.image.decode_and_crop_jpeg(encoded, box, channels=3)
+
+    def of_others() -> tf.Tensor:
+        whole = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        top, left, height, width = tf.unstack(choose(tf.shape(whole)[:2]))
+        return whole[top : top + height, left : left + width]
+
+    image = tf.cond(tf.image.is_jpeg(encoded), of_jpeg, of_others)
+    return tf.ensure_shape(image, (None, None, 3))
+
+
+def centre_box(extent: tf.Tensor, size: int, padding: int | None = None) -> tf.Tensor:
+    """Returns the central square of evaluation: top, left, height and width, (4,) int32.
+
+    Args:
+        extent: height and width of the image, (2,) int32.
         size: to which the square will be resized.
         padding: pixels around it at that size; the official share of 0.875 if None, which is 32
             at 224.
     """
     if padding is None:
         padding = round(size * (1 / _CENTRE_SHARE - 1))
-    shorter = tf.cast(tf.minimum(height, width), tf.float32)
+    shorter = tf.cast(tf.reduce_min(extent), tf.float32)
     side = tf.cast(tf.constant(size / (size + padding), tf.float32) * shorter, tf.int32)
-    return (height - side + 1) // 2, (width - side + 1) // 2, side, side
+    return tf.concat([(extent - side + 1) // 2, [side, side]], axis=0)
 
 
 def distorted_box(
-    height: tf.Tensor,
-    width: tf.Tensor,
+    extent: tf.Tensor,
     seed: tf.Tensor,
     size: int,
     area: tuple[float, float] = (0.08, 1.0),
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     padding: int | None = None,
-) -> Box:
+) -> tf.Tensor:
     """Returns a random crop of training (Szegedy et al., arXiv:1409.4842).
 
     Args:
-        height, width: of the image.
+        extent: height and width of the image, (2,) int32.
         seed: (2,) integer; decides everything.
         size: to which the crop will be resized.
         area: smallest and largest share of the image.
@@ -214,10 +229,11 @@ def distorted_box(
         padding: of the central square; see ``centre_box``.
 
     Returns:
-        A box that ten attempts of TensorFlow's sampler found, or else the central square.
+        Top, left, height and width, (4,) int32: a box that ten attempts of TensorFlow's sampler
+        found, or else the central square.
     """
-    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-        tf.stack([height, width, 3]),
+    begin, shape, _ = tf.image.stateless_sample_distorted_bounding_box(
+        tf.concat([extent, [3]], axis=0),
         bounding_boxes=tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
         seed=seed,
         min_object_covered=0.1,
@@ -226,30 +242,11 @@ def distorted_box(
         max_attempts=10,
         use_image_if_no_bounding_boxes=True,
     )
-    drawn = (begin[0], begin[1], extent[0], extent[1])
-    failed = (extent[0] == height) & (extent[1] == width)
-    centre = centre_box(height, width, size, padding)
-    return tuple(tf.where(failed, c, d) for c, d in zip(centre, drawn, strict=True))
-
-
-def decode_box(encoded: tf.Tensor, box: Box) -> tf.Tensor:
-    """Decodes part of an image, without the rest of it where it is a JPEG.
-
-    Returns:
-        (height, width, 3) uint8.
-    """
-    top, left, height, width = box
-
-    def slice_of_all() -> tf.Tensor:
-        whole = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-        return whole[top : top + height, left : left + width]
-
-    image = tf.cond(
-        tf.image.is_jpeg(encoded),
-        lambda: tf.image.decode_and_crop_jpeg(encoded, tf.stack(box), channels=3),
-        slice_of_all,
+    return tf.cond(
+        tf.reduce_all(shape[:2] == extent),
+        lambda: centre_box(extent, size, padding),
+        lambda: tf.concat([begin[:2], shape[:2]], axis=0),
     )
-    return tf.ensure_shape(image, (None, None, 3))
 
 
 def resize(

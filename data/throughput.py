@@ -1,4 +1,4 @@
-"""How fast the input is, stage by stage, and how fast a PIL pipeline does the same work.
+"""How fast the input is, stage by stage, and what another one needs to do the same work.
 
 A round makes some images and returns how many; who calls it decides on which cores, and takes the
 time. No round leaves anything running behind it.
@@ -8,6 +8,7 @@ import dataclasses
 import io
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -21,8 +22,7 @@ from data.preprocess import Preprocessing, crops, distorted_box
 # A round begins, and may be read on after the clock has started.
 Round = Iterator[int]
 
-_PIL = "PIL crop, bicubic, flip"
-_OURS = {
+_RECIPES = {
     "crop, bicubic, flip": {},
     "antialiased": {"resize_method": "bicubic", "antialias": True},
     "with AutoAugment": {"augmentations": (auto_augment,)},
@@ -31,16 +31,6 @@ _OURS = {
 # In a round: until as much is under way as will be when the clock stops, and behind that.
 _WARM_UP, _BATCHES = 6, 12
 _SEED = 0
-
-
-def rounds(
-    pipeline: Pipeline, split: str, batch_size: int
-) -> dict[str, dict[str, Callable[[], Round]]]:
-    """Returns what can be measured of a pipeline, in two groups, "stages" and "compared"."""
-    return {
-        "stages": stages(pipeline, split, batch_size),
-        "compared": compared(pipeline, split, batch_size),
-    }
 
 
 def stages(pipeline: Pipeline, split: str, batch_size: int) -> dict[str, Callable[[], Round]]:
@@ -56,15 +46,14 @@ def stages(pipeline: Pipeline, split: str, batch_size: int) -> dict[str, Callabl
     return {name: _rounds(part, split, batch_size) for name, part in cut.items()}
 
 
-def compared(pipeline: Pipeline, split: str, batch_size: int) -> dict[str, Callable[[], Round]]:
-    """Returns rounds of the crops of training as PIL makes them and as we do, by name."""
-    size = pipeline.eval_batches(split, batch_size=1).element_spec["image"].shape[1]
+def recipes(pipeline: Pipeline, split: str, batch_size: int) -> dict[str, Callable[[], Round]]:
+    """Returns rounds of the usual crops of training, on the pipeline's own images, by name."""
+    size = _size(pipeline, split)
     ours = {
         name: dataclasses.replace(pipeline, preprocessing=crops(size, **arguments), mixing=None)
-        for name, arguments in _OURS.items()
+        for name, arguments in _RECIPES.items()
     }
-    rounds = {name: _rounds(each, split, batch_size) for name, each in ours.items()}
-    return {_PIL: _pil(pipeline, split, batch_size, size)} | rounds
+    return {name: _rounds(each, split, batch_size) for name, each in ours.items()}
 
 
 def _up_to(pipeline: Pipeline, count: int) -> Pipeline:
@@ -91,34 +80,31 @@ def _rounds(pipeline: Pipeline, split: str, batch_size: int) -> Callable[[], Rou
     return images
 
 
-def _pil(pipeline: Pipeline, split: str, batch_size: int, size: int) -> Callable[[], Round]:
-    """The same crops of the same images, as a loader for PyTorch makes them, but one at a time."""
-    records = pipeline.source.splits[split]
+def inputs(pipeline: Pipeline, split: str, batch_size: int) -> dict[str, Any]:
+    """Returns what ``data.pil`` needs to make as many of the same crops in a round.
+
+    Args:
+        pipeline, split, batch_size: that are measured.
+    """
+    size, records = _size(pipeline, split), pipeline.source.splits[split]
     payloads = Order(records, batch_size, _SEED).batches(0, 0, 1).take(_BATCHES)
     encoded = [records.parse(p)["image"].numpy() for batch, _ in payloads for p in batch]
-    boxes = [_box(image, seed, size) for seed, image in enumerate(encoded)]
-    flips = np.random.default_rng(_SEED).random(len(encoded)) < 0.5
-
-    def images() -> Round:
-        yield 0
-        for work in zip(encoded, boxes, flips, strict=True):
-            _pil_image(*work, size)
-            yield 1
-
-    return images
+    return {
+        "encoded": encoded,
+        "boxes": [_box(image, seed, size) for seed, image in enumerate(encoded)],
+        "flips": np.random.default_rng(_SEED).random(len(encoded)) < 0.5,
+        "size": size,
+    }
 
 
 def _box(encoded: bytes, seed: int, size: int) -> tuple[int, int, int, int]:
     """Returns left, top, right and bottom, as PIL counts."""
     with Image.open(io.BytesIO(encoded)) as image:
         width, height = image.size
-    top, left, height, width = (int(v) for v in distorted_box(height, width, [seed, 0], size))
+    box = distorted_box(tf.constant([height, width]), tf.constant([seed, 0]), size)
+    top, left, height, width = box.numpy().tolist()
     return left, top, left + width, top + height
 
 
-def _pil_image(encoded: bytes, box: tuple[int, int, int, int], flip: bool, size: int) -> np.ndarray:
-    image = Image.open(io.BytesIO(encoded)).convert("RGB").crop(box)
-    image = image.resize((size, size), Image.Resampling.BICUBIC)
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(image)
+def _size(pipeline: Pipeline, split: str) -> int:
+    return pipeline.eval_batches(split, batch_size=1).element_spec["image"].shape[1]

@@ -30,7 +30,6 @@ def main(_: list[str]) -> None:
     result = input_benchmark.measure(
         _GIN_FILE.value,
         _GIN_PARAM.value,
-        "data.throughput:rounds",
         _BATCH_SIZE.value,
         _ROUNDS.value,
         _RATE.value,

@@ -244,7 +244,7 @@ def with_centre(boxes: np.ndarray, height: int, width: int) -> tuple[np.ndarray,
 
 def crops(height: int, width: int, count: int = DRAWS) -> np.ndarray:
     def box(seed):
-        return tf.stack(preprocess.distorted_box(height, width, seed, 224))
+        return preprocess.distorted_box(tf.constant([height, width]), seed, 224)
 
     return drawn(box, count)
 

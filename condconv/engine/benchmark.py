@@ -29,11 +29,13 @@ class Contender:
         make: "module:function", which returns the rounds by name.
         arguments: of the function, by name.
         cores: how many the process may use.
+        tensorflow: whether to load it, without its greeting.
     """
 
     make: str
     arguments: Mapping[str, Any]
     cores: int = 1
+    tensorflow: bool = True
 
 
 def alternate(
@@ -124,8 +126,9 @@ def _serve(connection: Connection, contender: Contender, cores: list[int]) -> No
 def _make(contender: Contender) -> Rounds:
     from condconv.engine import command
 
-    with command.quiet_tensorflow():
-        import tensorflow  # noqa: F401
+    if contender.tensorflow:
+        with command.quiet_tensorflow():
+            import tensorflow  # noqa: F401
     module, function = contender.make.split(":")
     return getattr(importlib.import_module(module), function)(**contender.arguments)
 

@@ -201,8 +201,9 @@ def blaming_the_config() -> Iterator[None]:
 
 
 def _gist(error: Exception) -> str:
-    """Returns the line that says what is wrong: gin adds behind it where the value came from, and
-    TensorFlow's tracing puts before it where in the code it was.
+    """Returns the line that says what is wrong.
+
+    gin adds behind it where the value came from; TensorFlow's tracing, before it, where it was.
     """
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     traced = lines[0].startswith("in user code:")

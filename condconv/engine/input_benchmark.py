@@ -3,7 +3,7 @@
 import importlib
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from condconv.engine import config
@@ -11,43 +11,39 @@ from condconv.engine.benchmark import Contender, alternate, ratio
 from condconv.engine.errors import UsageError
 from condconv.engine.experiment import build_data
 
-_HERE = "condconv.engine.input_benchmark:rounds"
-_STAGES, _COMPARED, _TWICE = "stages", "compared", "two cores"
+_HERE = "condconv.engine.input_benchmark:of_config"
 
 
-def rounds(
-    gin_files: Sequence[str], bindings: Sequence[str], function: str, batch_size: int, group: str
-) -> dict[str, Callable[[], Iterator[int]]]:
-    """Returns the rounds of a config's input, in the process that will run them."""
+def of_config(
+    gin_files: Sequence[str], bindings: Sequence[str], function: str, batch_size: int
+) -> Any:
+    """Calls "module:function" with a config's data, training split and a batch size."""
     experiment = config.load(gin_files, bindings)
     data = build_data(experiment, experiment.train_split)
     module, name = function.split(":")
-    groups = getattr(importlib.import_module(module), name)(
-        data, experiment.train_split, batch_size
-    )
-    if group != _TWICE:
-        return groups[group]
-    return {name: each for name, each in groups[_COMPARED].items() if not name.startswith("PIL")}
+    return getattr(importlib.import_module(module), name)(data, experiment.train_split, batch_size)
 
 
 def measure(
     gin_files: Sequence[str],
     bindings: Sequence[str],
-    function: str,
     batch_size: int,
     count: int,
     accelerator_rate: float,
     told: Callable[[int, int], None],
+    ours: str = "data.throughput",
+    pil: str = "data.pil",
 ) -> dict[str, Any]:
     """Measures the input that a config describes.
 
     Args:
         gin_files, bindings: the config.
-        function: "module:function" that makes rounds of data, a split and a batch size.
         batch_size: images in a batch.
         count: how often each is measured.
         accelerator_rate: images per second that the input should reach.
         told: of ``alternate``.
+        ours: module that has rounds of our ``stages`` and ``recipes``, and ``inputs`` for PIL.
+        pil: module that has rounds of the same in PIL.
 
     Returns:
         ``stages``, ``compared``: rows of a table; ``conclusions``: lines.
@@ -55,21 +51,26 @@ def measure(
     Raises:
         UsageError, RunError: as ``alternate``.
     """
-    arguments = {
-        "gin_files": gin_files,
-        "bindings": bindings,
-        "function": function,
-        "batch_size": batch_size,
-    }
-    contenders = {
-        group: Contender(_HERE, arguments | {"group": group}, cores=2 if group == _TWICE else 1)
-        for group in (_STAGES, _COMPARED, _TWICE)
-    }
-    rates = alternate(contenders, count, told)
-    stages = _stages(rates[_STAGES])
+
+    def contender(function: str, cores: int = 1) -> Contender:
+        given = {"gin_files": gin_files, "bindings": bindings, "batch_size": batch_size}
+        return Contender(_HERE, given | {"function": f"{ours}:{function}"}, cores)
+
+    inputs = of_config(gin_files, bindings, f"{ours}:inputs", batch_size)
+    rates = alternate(
+        {
+            "stages": contender("stages"),
+            "pil": Contender(f"{pil}:rounds", inputs, tensorflow=False),
+            "one": contender("recipes"),
+            "two": contender("recipes", cores=2),
+        },
+        count,
+        told,
+    )
+    stages = _stages(rates["stages"])
     return {
         "stages": stages,
-        "compared": _compared(rates[_COMPARED], rates[_TWICE]),
+        "compared": _compared(rates["pil"] | rates["one"], rates["two"]),
         "conclusions": _conclusions(stages, accelerator_rate),
     }
 
