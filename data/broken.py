@@ -1,6 +1,7 @@
 """What happens to an image that cannot be read: named, and never passed over in silence."""
 
 import logging
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -14,8 +15,8 @@ _LOG = logging.getLogger(__name__)
 class Broken:
     """Finds what is broken in a batch that did not come out whole, and keeps count of it."""
 
-    def __init__(self, source: str, limit: int):
-        self._source, self._limit = source, limit
+    def __init__(self, source: str, limit: int, cure: str):
+        self._source, self._limit, self._cure = source, limit, cure
         self._named: set[str] = set()
 
     def find(
@@ -56,8 +57,8 @@ class Broken:
         self._named.add(name)
         if len(self._named) > self._limit:
             raise RuntimeError(
-                f"{self._source}: {name} cannot be read ({reason}), and {self._limit} broken "
-                "images are allowed: mend or remove it, or raise the limit in the config"
+                f"{self._source}: {name} cannot be read ({reason}), and {self._limit} "
+                f"broken images are allowed: mend or remove it, or {self._cure}"
             )
         _LOG.warning(
             "%s: %s cannot be read (%s): broken image %d of %d allowed",
@@ -69,6 +70,6 @@ def _failure(example: Callable[..., Example], row: tuple[tf.Tensor, ...]) -> str
     try:
         example(*row)
     except tf.errors.OpError as error:
-        message = error.message.split("}}")[-1].strip()
-        return message.split("\n")[0].split(" [Op:")[0]
+        first, *_ = re.sub(r"{{.*?}}", "", error.message).strip().split("\n")
+        return first.split(" [Op:")[0]
     return None

@@ -153,3 +153,26 @@ def test_models_are_listed_with_the_papers_numbers():
         printed, counted = row["paper_multiply_adds"], row["multiply_adds"]
         assert printed is None or abs(counted - printed) < 10**6
     assert "efficientnet_b0_depth" in call("scripts/list_models.py").stdout
+
+
+def test_a_batch_is_drawn_before_and_after_augmentation(tmp_path):
+    done = call(
+        "scripts/show_batch.py", "--gin_file=configs/digits.gin", f"--output={tmp_path}/b.png"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{tmp_path}/b.png"
+    assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
+    done = call("scripts/show_batch.py", "--gin_file=configs/digits.gin", "--output=batch.jpg")
+    assert_refused(done, 2, "--output=batch.jpg has to end in .png")
+
+
+@pytest.mark.slow
+def test_the_input_is_measured_stage_by_stage():
+    done = call("scripts/benchmark.py", "--mode=input", "--rounds=1", "--batch_size=4", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    stages = [row["stage"] for row in result["stages"]]
+    assert stages == ["read", "decode and crop", "resize and flip", "batch"]
+    assert result["compared"][0]["over_pil"] == 1.0
+    assert all(row["images_per_second"] > 0 for row in result["compared"] + result["stages"])
+    assert "cores like this one" in result["conclusions"][1]

@@ -29,6 +29,16 @@ _CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 Bindings = dict[str, str]
 
+# What may change between two parts of a run, since nothing that it computes depends on them.
+_FREE = {
+    "Experiment.checkpoint_every",
+    "Experiment.keep_checkpoints",
+    "Experiment.log_every",
+    "Experiment.steps_per_call",
+    "pipeline.broken_are_wrong",
+    "pipeline.max_broken",
+}
+
 
 def load(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Experiment:
     """Parses config files and single bindings, later ones winning, into an experiment.
@@ -85,7 +95,10 @@ def save_operative(directory: epath.Path) -> None:
 
 
 def differences(text: str) -> list[str]:
-    """Returns what another config binds differently from the one in force, a line each."""
+    """Returns what another config binds differently from the one in force, a line each.
+
+    What a run's outcome does not depend on may differ.
+    """
     ours = _statements(gin.config_str())
     try:
         theirs = _statements(text)
@@ -93,7 +106,7 @@ def differences(text: str) -> list[str]:
         return ["its config.gin cannot be read"]
     return [
         f"{key}: {theirs.get(key, 'not bound')} there, {ours.get(key, 'not bound')} here"
-        for key in sorted({*theirs, *ours})
+        for key in sorted({*theirs, *ours} - _FREE)
         if theirs.get(key) != ours.get(key)
     ]
 

@@ -187,8 +187,17 @@ def failing_in_one_line() -> Iterator[None]:
     try:
         yield
     except tf.errors.OpError as error:
-        lines = error.message.split("}}")[-1].strip().split("\n")
-        raise RunError(re.sub(r"^\w+Error: ", "", lines[0])) from error
+        raise RunError(_gist_of_graph(error.message)) from error
+
+
+def _gist_of_graph(message: str) -> str:
+    """Returns what Python raised within the graph, or else the first line that says something."""
+    if raised := re.findall(r"^\w+Error: (.+)$", message, re.MULTILINE):
+        return raised[-1]
+    lines = re.sub(r"{{.*?}}", "", message).splitlines()
+    around = ("Graph execution error", "Detected at node", "<stack traces", " ", "\t", "[[")
+    said = [line for line in lines if line.strip() and not line.startswith(around)]
+    return said[0] if said else lines[0]
 
 
 @contextlib.contextmanager
