@@ -6,6 +6,8 @@ import shlex
 
 import pytest
 
+from condconv.engine import config
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -46,3 +48,9 @@ def test_links_lead_somewhere():
 def test_there_is_code_and_there_are_commands():
     assert len(BLOCKS) == 3
     assert len(COMMANDS) >= 4
+
+
+def test_the_config_of_the_data_section_is_valid():
+    blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    (block,) = (b for b in blocks if b.startswith("Experiment.data = @pipeline"))
+    config.load([str(ROOT / "configs" / "synthetic.gin")], [block])
