@@ -7,6 +7,7 @@ workers, nor on the step at which the run began.
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Sequence
 
 import gin
@@ -248,8 +249,15 @@ def _batch(
     batch costs a millisecond or two; one for each example would cost a tenth of all the work.)
     """
     rows = tf.data.Dataset.from_tensor_slices(columns)
-    whole = rows.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    whole = rows.map(example, num_parallel_calls=_cores(), deterministic=True)
     whole = whole.ignore_errors()
     rest = tf.data.Dataset.from_tensors(columns).flat_map(lambda *columns: instead(columns, whole))
     size = columns[0].shape[0]
     return whole.concatenate(rest).take(size).batch(size, drop_remainder=True)
+
+
+def _cores() -> int:
+    """Returns how many cores the process may use: AUTOTUNE would find out anew in each batch."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

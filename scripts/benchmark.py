@@ -12,7 +12,7 @@ from condconv.engine import command
 _MODE = flags.DEFINE_enum("mode", "input", ["input"], "What to measure.")
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", ["configs/synthetic.gin"], "Config to measure.")
 _GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Binding over the config.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images in a batch.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images in a batch.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Times that each is measured.", lower_bound=1)
 _RATE = flags.DEFINE_float("accelerator_rate", 3000, "Images per second to be fed.", lower_bound=0)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")

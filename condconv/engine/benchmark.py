@@ -127,6 +127,7 @@ def _make(contender: Contender) -> Rounds:
     from condconv.engine import command
 
     if contender.tensorflow:
+        command.keep_freed_memory()
         with command.quiet_tensorflow():
             import tensorflow  # noqa: F401
     module, function = contender.make.split(":")
@@ -134,8 +135,9 @@ def _make(contender: Contender) -> Rounds:
 
 
 def _rate(begin: Callable[[], Iterator[int]]) -> float:
-    images = begin()
+    images, done = begin(), 0
     next(images)
-    start = time.perf_counter()
-    done = sum(images)
-    return done / (time.perf_counter() - start)
+    start = end = time.perf_counter()
+    for count in images:
+        done, end = done + count, time.perf_counter()
+    return done / (end - start)  # without what it takes to close a round
