@@ -87,6 +87,7 @@ def of_folder(root: pathlib.Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_broken_image_ends_a_run_in_one_line_unless_it_is_allowed(folder, tmp_path):
     (folder / "train/dog/7.jpg").write_bytes(b"no image at all")
     (folder / "validation/cat/2.jpg").write_bytes(b"")
