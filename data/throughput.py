@@ -29,7 +29,7 @@ _RECIPES = {
 }
 
 # In a round: until as much is under way as will be when the clock stops, and behind that.
-_WARM_UP, _BATCHES = 4, 5
+_WARM_UP, _BATCHES = 4, 8
 _SEED = 0
 
 
