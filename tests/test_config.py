@@ -5,6 +5,7 @@ import pathlib
 
 import gin
 import pytest
+import tensorflow as tf
 from etils import epath
 
 from condconv.engine import config, training
@@ -91,6 +92,19 @@ BAD = {
     "Experiment.precision = 'int8'": "Experiment.precision takes float32 or mixed_bfloat16",
     "Experiment.duration = '3 weeks'": "Experiment.duration takes a number and one of steps,",
     "Experiment.label_smoothing = 1.0": "Experiment.label_smoothing takes a share",
+    "Experiment.weight_decay = 1e999": "Experiment.weight_decay takes finite numbers, not inf",
+    "Experiment.seed = %A\nA = %A": "%A → %A: a macro cannot refer to itself",
+    "Experiment.seed = %A\nA = (%B,)\nB = (1, %A)": "%A → %B → %A: a macro cannot refer to",
+    "Experiment.seed = %lr/base\nlr/bass = 1": "%lr/base, which nothing binds; did you mean 'lr/ba",
+    "Experiment.seed = %lr/base\nlr = 1": "Experiment.seed refers to %lr/base, which nothing b",
+    "lr/base = 1": "nothing uses %lr/base",
+    "Experiment.seed = %lr/base\nlr = 2\nlr/base = 1": "nothing uses %lr: remove the binding",
+    "Experiment.weight_decay = float('nan')": "'float' is no value: take a number, 'text', (a, b)",
+    "Experiment.seed = é": "'é' is no value",
+    "é = 1": "not a binding of the form name.parameter = value",
+    "Experiment.seed = 1\nwhat\n": "line 2: not a binding of the form name.parameter = value",
+    "Experiment.eval_split = 'a\nb'": "not a binding of the form name.parameter = value",
+    "Experiment.seed = (1,": "not a binding of the form name.parameter = value (EOF",
     "width": "not a binding of the form name.parameter = value",
     "include 'nowhere.gin'": "nowhere.gin",
     "import no_such_module": "no_such_module",
@@ -101,13 +115,39 @@ def message_of(function) -> str:
     with pytest.raises(UsageError) as error:
         function()
     message = str(error.value)
-    assert "\n" not in message
+    assert len(message.splitlines()) == 1
     return message
 
 
 @pytest.mark.parametrize("binding", BAD)
 def test_a_bad_binding_is_one_line(binding):
     assert BAD[binding] in message_of(lambda: config.load([DIGITS], [binding]))
+
+
+@pytest.mark.parametrize("macro", ["lr/base", "a/b/c", "plain"])
+def test_macros_may_have_namespaces(macro, tmp_path):
+    bindings = [f"{macro} = 7", f"Experiment.seed = %{macro}"]
+    assert config.load([DIGITS], bindings).seed == 7
+    config.save(epath.Path(tmp_path))
+    assert config.load_run(epath.Path(tmp_path)).seed == 7
+    bindings[0] = f"{macro} = '7'"
+    assert "Experiment.seed takes int" in message_of(lambda: config.load([DIGITS], bindings))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"Experiment.weight_decay = float('nan')\n", "line 1: 'float' is no value"),
+        (b"\xff\xfe", "'utf-8' codec can't decode byte 0xff"),
+        ("x = é\n".encode("latin1"), "'utf-8' codec can't decode byte 0xe9"),
+        (b"include '/'", "Unable to open file: /"),
+    ],
+)
+def test_an_error_in_a_file_is_one_line(content, said, tmp_path):
+    (tmp_path / "bad.gin").write_bytes(content)
+    message = message_of(lambda: config.load([str(tmp_path / "bad.gin")]))
+    assert message.startswith(f"{tmp_path}/bad.gin")
+    assert said in message
 
 
 def test_an_error_in_a_file_names_file_and_line(tmp_path):
@@ -183,3 +223,34 @@ def test_what_cannot_be_built_is_one_line(binding):
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     message = message_of(lambda: config.load_run(epath.Path(tmp_path)))
     assert "is not the folder of a run" in message
+    (tmp_path / "config.gin").mkdir()
+    message = message_of(lambda: config.load_run(epath.Path(tmp_path)))
+    assert "is not the folder of a run" in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        tf.errors.PermissionDeniedError(None, None, "Permission denied\n\t when reading"),
+    ],
+)
+def test_a_config_that_may_not_be_read_is_one_line(error, tmp_path, monkeypatch):
+    config.load([DIGITS])
+    config.save(epath.Path(tmp_path))
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "is_file", refuse)
+    for load in (
+        lambda: config.load_run(epath.Path(tmp_path)),
+        lambda: config.load([str(tmp_path / "config.gin")]),
+    ):
+        message = message_of(load)
+        assert f"{tmp_path}/config.gin" in message
+        assert "Permission denied" in message
+
+
+def test_what_is_no_path_is_named():
+    assert "foo://x is no path" in message_of(lambda: config.load(["foo://x"]))

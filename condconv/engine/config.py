@@ -9,6 +9,7 @@ import difflib
 import importlib.util  # noqa: F401  gin uses it and forgets to import it
 import inspect
 import logging
+import math
 import pathlib
 import re
 import tokenize
@@ -62,7 +63,7 @@ def load(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Experiment:
 def load_run(workdir: epath.Path, bindings: Sequence[str] = ()) -> Experiment:
     """Returns the experiment of a run from its own ``config.gin``. Raises as ``load`` does."""
     path = workdir / "config.gin"
-    if not path.exists():
+    if not files.is_file(path):
         raise UsageError(f"{workdir} is not the folder of a run: it has no config.gin")
     return load([str(path)], bindings)
 
@@ -76,7 +77,7 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> None:
             _parse(lambda path=path: gin.parse_config_file(str(path)), str(path))
         for binding in bindings:
             _parse(lambda binding=binding: gin.parse_config(binding), f"--gin_param={binding}")
-    _check_macros_are_bound()
+    _check_macros()
     bound = _reachable_bindings()
     for (scope, selector), parameters in bound.items():
         for name, value in parameters.items():
@@ -138,8 +139,8 @@ def _forget() -> None:
 
 
 def _find(file: str) -> epath.Path:
-    path = epath.Path(file)
-    if not path.is_file():
+    path = files.path(file)
+    if not files.is_file(path):
         siblings = [p.name for p in path.parent.glob("*.gin")] if path.parent.exists() else []
         raise UsageError(f"there is no config file {file!r}{_did_you_mean(path.name, siblings)}")
     gin.add_config_file_search_path(str(path.parent))
@@ -171,17 +172,31 @@ def _parse(parse_it: Any, source: str) -> None:
         TypeError,
         AttributeError,
         SyntaxError,
-        OSError,
         ImportError,
         tokenize.TokenError,
+        *files.path_errors(),
     ) as error:
         message, *places = [line.strip() for line in str(error).split("\n") if line.strip()]
         if isinstance(error, SyntaxError):
-            message = f"not a binding of the form name.parameter = value ({error.msg})"
+            message = _explain_syntax(error.msg)
             places = [f"line {error.lineno}"] if error.lineno else []
+        elif isinstance(error, tokenize.TokenError):
+            message, places = _explain_syntax(error.args[0]), []
         line = next((m[0] for p in places if (m := re.search(r"line \d+", p))), "")
         where = f"{source}, {line}" if line else source
-        raise UsageError(f"{where}: {_explain(message)}") from error
+        raise UsageError(_one_line(f"{where}: {_explain(message)}")) from error
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
+
+
+def _explain_syntax(message: str) -> str:
+    if match := re.search(r"Failed to parse token '(.*)'$", message, re.DOTALL):
+        return (
+            f"{match[1]!r} is no value: take a number, 'text', (a, b), True, None, @name or %NAME"
+        )
+    return f"not a binding of the form name.parameter = value ({message})"
 
 
 def _explain(message: str) -> str:
@@ -224,16 +239,32 @@ def _did_you_mean(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _check_macros_are_bound() -> None:
+def _check_macros() -> None:
     for (scope, selector), parameters in gin.config._CONFIG.items():
         for name, value in parameters.items():
-            for reference in gin.config.iterate_references(value):
-                macro = (reference.scopes[-1:] or [""])[0]
-                if _is_macro(reference.configurable.selector) and not _macro_value(macro):
+            for macro in _macros_in(value):
+                if not _macro_value(macro):
                     user = _display(scope, selector, name)
                     known = [s for s, kind in gin.config._CONFIG if _is_macro(kind)]
                     hint = _did_you_mean(macro, known)
                     raise UsageError(f"{user} refers to %{macro}, which nothing binds{hint}")
+    for scope, selector in gin.config._CONFIG:
+        if _is_macro(selector):
+            _check_it_ends(scope, ())
+
+
+def _check_it_ends(macro: str, path: tuple[str, ...]) -> None:
+    """Raises a UsageError if a macro's value leads back to one of ``path``."""
+    if macro in path:
+        ring = " → ".join(f"%{each}" for each in (*path[path.index(macro) :], macro))
+        raise UsageError(f"{ring}: a macro cannot refer to itself, bind it to a value")
+    for each in _macros_in(_macro_value(macro)):
+        _check_it_ends(each, (*path, macro))
+
+
+def _macros_in(value: Any) -> list[str]:
+    references = gin.config.iterate_references(value)
+    return ["/".join(r.scopes) for r in references if _is_macro(r.configurable.selector)]
 
 
 def _is_macro(selector: str) -> bool:
@@ -249,7 +280,8 @@ def _reachable_bindings() -> dict[tuple[str, str], dict[str, Any]]:
     config, found, todo = gin.config._CONFIG, {}, [([], _ROOT)]
     while todo:
         scopes, selector = todo.pop()
-        for depth in range(len(scopes) + 1):
+        # A function takes the bindings of all scopes around it, a macro has but its own name.
+        for depth in range(len(scopes) if _is_macro(selector) else 0, len(scopes) + 1):
             key = ("/".join(scopes[:depth]), selector)
             if key not in config or key in found:
                 continue
@@ -280,6 +312,8 @@ def _check_type(scope: str, selector: str, name: str, value: Any) -> None:
     value = _resolved(value)
     if hint is None:
         return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{_display(scope, selector, name)} takes finite numbers, not {value}")
     try:
         typeguard.check_type(value, hint)
     except typeguard.TypeCheckError:
@@ -301,7 +335,7 @@ def _resolved(value: Any) -> Any:
     if not isinstance(value, gin.config.ConfigurableReference):
         return value
     if _is_macro(value.configurable.selector):
-        return _resolved(_macro_value(value.scopes[-1])["value"])
+        return _resolved(_macro_value("/".join(value.scopes))["value"])
     return value if value.evaluate else value.configurable.wrapped
 
 
