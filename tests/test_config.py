@@ -176,6 +176,32 @@ def test_what_the_outcome_does_not_depend_on_may_differ():
     saved = gin.config_str()
     config.load([DIGITS], ["pipeline.max_broken = 5", "Experiment.log_every = '7 steps'"])
     assert config.differences(saved) == []
+    assert "Experiment.log_every" in config.CHANGEABLE
+    assert config.CHANGEABLE.endswith("pipeline.max_broken and Experiment.duration upwards")
+
+
+@pytest.mark.parametrize(
+    ("duration", "grows"),
+    [("41 epochs", True), ("4e1 epochs", False), ("39 epochs", False), ("9999 steps", False)],
+)
+def test_a_run_may_get_longer_and_not_shorter(duration, grows, caplog):
+    config.load([DIGITS])
+    saved = gin.config_str()
+    config.load([DIGITS], [f"Experiment.duration = '{duration}'"])
+    differences = [f"Experiment.duration: 40 epochs there, {duration} here"]
+    assert config.differences(saved) == ([] if grows else differences)
+    warned = [f"Experiment.duration grows from 40 epochs to {duration}: a schedule that ends "]
+    assert [m[: len(warned[0])] for m in caplog.messages] == (warned if grows else [])
+
+
+def test_growth_is_told_with_what_else_differs():
+    config.load([DIGITS])
+    saved = gin.config_str()
+    config.load([DIGITS], ["Experiment.duration = '41 epochs'", "Experiment.seed = 1"])
+    assert config.differences(saved) == [
+        "Experiment.duration: 40 epochs there, 41 epochs here",
+        "Experiment.seed: not bound there, 1 here",
+    ]
 
 
 def test_a_source_alone_is_no_data():

@@ -24,6 +24,7 @@ from etils import epath
 from condconv.engine import files
 from condconv.engine.errors import UsageError
 from condconv.engine.experiment import Experiment
+from condconv.engine.optimization import check_duration
 
 _ROOT = "condconv.engine.experiment.Experiment"
 _CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -34,11 +35,17 @@ Bindings = dict[str, str]
 _FREE = {
     "Experiment.checkpoint_every",
     "Experiment.keep_checkpoints",
+    "Experiment.keep_every",
     "Experiment.log_every",
+    "Experiment.max_rollbacks",
+    "Experiment.stall_seconds",
     "Experiment.steps_per_call",
     "pipeline.broken_are_wrong",
     "pipeline.max_broken",
 }
+_DURATION = "Experiment.duration"
+CHANGEABLE = f"{', '.join(sorted(_FREE))} and {_DURATION} upwards"
+"""Names what may change between two parts of a run, for people."""
 
 
 def load(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Experiment:
@@ -98,18 +105,38 @@ def save_operative(directory: epath.Path) -> None:
 def differences(text: str) -> list[str]:
     """Returns what another config binds differently from the one in force, a line each.
 
-    What a run's outcome does not depend on may differ.
+    What a run's outcome does not depend on may differ, and the training may get longer (see
+    ``CHANGEABLE``), of which a line in the log warns.
     """
     ours = _statements(gin.config_str())
     try:
         theirs = _statements(text)
     except (ValueError, SyntaxError, tokenize.TokenError):
         return ["its config.gin cannot be read"]
+    differing = {k for k in {*theirs, *ours} - _FREE if theirs.get(k) != ours.get(k)}
+    if differing == {_DURATION} and _is_longer(ours.get(_DURATION, ""), theirs.get(_DURATION, "")):
+        logging.warning(
+            "%s grows from %s to %s: a schedule that ends with the run is stretched from here on",
+            _DURATION,
+            theirs[_DURATION],
+            ours[_DURATION],
+        )
+        return []
     return [
         f"{key}: {theirs.get(key, 'not bound')} there, {ours.get(key, 'not bound')} here"
-        for key in sorted({*theirs, *ours} - _FREE)
-        if theirs.get(key) != ours.get(key)
+        for key in sorted(differing)
     ]
+
+
+def _is_longer(duration: str, than: str) -> bool:
+    """Whether a duration is the longer one, as far as that can be seen without the data."""
+    try:
+        (amount, unit), (other_amount, other_unit) = (
+            check_duration(each, _DURATION) for each in (duration, than)
+        )
+    except UsageError:
+        return False
+    return unit == other_unit and amount > other_amount
 
 
 class _AsText(gin.config_parser.ParserDelegate):
