@@ -1,14 +1,17 @@
 """ImageNet and the data sets that test its networks elsewhere, as TFDS prepares them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 import gin
 import numpy as np
 import tensorflow as tf
 
 from data.class_names import imagenet_class_names
-from data.records import parser, prepared, splits, tfds_dataset
+from data.ilsvrc2012 import IMAGES
+from data.imagenet_subsets import IMAGENET_A, IMAGENET_R
+from data.records import parser, prepared, sizes, splits, tfds_dataset
 from data.source import Source, Split
+from data.stand_in import photographs
 
 V2_VARIANTS = ("matched-frequency", "threshold-0.7", "topimages")
 
@@ -16,63 +19,83 @@ _CLASSES = 1000
 _SOME_CLASSES = 200  # of ImageNet-A and -R
 
 
-@gin.register
-def imagenet2012(data_dir: str | None = None, minival_percent: int = 1) -> Source:
+@gin.register(denylist=["stand_in"])
+def imagenet2012(
+    data_dir: str | None = None, minival_percent: int = 1, stand_in: bool = False
+) -> Source:
     """ILSVRC2012 with the splits "train", "minival" and "validation".
 
     Args:
         data_dir: where ``scripts/prepare_imagenet.py`` put it; TFDS' own default if None.
         minival_percent: the last of "train" that are held out as "minival", never trained on; if
             0, "train" is all of it and there is no "minival".
+        stand_in: whether to return made-up photographs, as many and of the same classes, without
+            looking for the data; so it is with all factories here.
     """
+    if stand_in:
+        return _made_up("imagenet2012", sizes(IMAGES, minival_percent))
     return _thousand_classes("imagenet2012", data_dir, minival_percent)
 
 
-@gin.register
-def imagenet_v2(variant: str = "matched-frequency", data_dir: str | None = None) -> Source:
+@gin.register(denylist=["stand_in"])
+def imagenet_v2(
+    variant: str = "matched-frequency", data_dir: str | None = None, stand_in: bool = False
+) -> Source:
     """ImageNetV2 (Recht et al., arXiv:1902.10811): 10,000 new images, the split "test".
 
     Args:
         variant: "matched-frequency", "threshold-0.7" or "topimages".
         data_dir: where TFDS prepared it.
+        stand_in: see ``imagenet2012``.
     """
     if variant not in V2_VARIANTS:
         raise ValueError(
             f"imagenet_v2.variant takes one of {', '.join(V2_VARIANTS)}, not {variant!r}"
         )
+    if stand_in:
+        return _made_up("imagenet_v2", {"test": 10_000})
     return _thousand_classes(f"imagenet_v2/{variant}", data_dir)
 
 
-@gin.register
-def imagenet_sketch(data_dir: str | None = None) -> Source:
+@gin.register(denylist=["stand_in"])
+def imagenet_sketch(data_dir: str | None = None, stand_in: bool = False) -> Source:
     """ImageNet-Sketch (Wang et al., arXiv:1905.13549): 50,889 drawings, the split "test"."""
+    if stand_in:
+        return _made_up("imagenet_sketch", {"test": 50_889})
     return _thousand_classes("imagenet_sketch", data_dir)
 
 
-@gin.register
-def imagenet_a(data_dir: str | None = None) -> Source:
+@gin.register(denylist=["stand_in"])
+def imagenet_a(data_dir: str | None = None, stand_in: bool = False) -> Source:
     """ImageNet-A (Hendrycks et al., arXiv:1907.07174): 7,500 hard photographs, the split "test".
 
     Answers are chosen from its 200 classes.
     """
+    if stand_in:
+        return _made_up("imagenet_a", {"test": 7_500}, answers=IMAGENET_A)
     return _among_its_own(_thousand_classes("imagenet_a", data_dir))
 
 
-@gin.register
-def imagenet_r(data_dir: str | None = None) -> Source:
+@gin.register(denylist=["stand_in"])
+def imagenet_r(data_dir: str | None = None, stand_in: bool = False) -> Source:
     """ImageNet-R (Hendrycks et al., arXiv:2006.16241): 30,000 renditions, the split "test".
 
     Answers are chosen from its 200 classes.
     """
+    if stand_in:
+        return _made_up("imagenet_r", {"test": 30_000}, answers=IMAGENET_R)
     return _among_its_own(_thousand_classes("imagenet_r", data_dir))
 
 
-@gin.register
-def imagenet2012_real(data_dir: str | None = None) -> Source:
+@gin.register(denylist=["stand_in"])
+def imagenet2012_real(data_dir: str | None = None, stand_in: bool = False) -> Source:
     """ImageNet's validation images with "ReaL" labels (Beyer et al., arXiv:2006.07159).
 
     An image has any number of right classes; those without one are not scored.
     """
+    if stand_in:
+        images = {"validation": IMAGES["validation"]}
+        return _made_up("imagenet2012_real", images, several=images)
     builder = prepared("imagenet2012_real", data_dir)
 
     def label(record: dict[str, tf.Tensor]) -> tf.Tensor:
@@ -81,6 +104,10 @@ def imagenet2012_real(data_dir: str | None = None) -> Source:
 
     parse = parser(builder, "image", label)
     return Source("imagenet2012_real", _CLASSES, splits(builder, parse), imagenet_class_names())
+
+
+def _made_up(name: str, images: Mapping[str, int], **more: Collection) -> Source:
+    return photographs(name, _CLASSES, images, class_names=imagenet_class_names(), **more)
 
 
 def _thousand_classes(name: str, data_dir: str | None, minival_percent: int = 0) -> Source:

@@ -17,6 +17,7 @@ from data.broken import Broken
 from data.order import Order, in_order
 from data.preprocess import Preprocessing
 from data.source import Source, Split
+from data.stand_in import instead_of
 
 Tensors = dict[str, tf.Tensor]
 Mixing = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
@@ -220,22 +221,31 @@ class Pipeline:
         return self.source.splits[name]
 
 
-@gin.register
+@gin.register(denylist=["stand_in"])
 def pipeline(
     source: Callable[..., Source],
     preprocessing: Callable[..., Preprocessing],
     mixing: Mixing | None = None,
     max_broken: int = 0,
     broken_are_wrong: bool = False,
+    stand_in: bool = False,
 ) -> Pipeline:
     """Puts a source, a preprocessing and a mixing together; see ``Pipeline``.
 
+    Args:
+        source, preprocessing: factories of them.
+        mixing, max_broken, broken_are_wrong: see ``Pipeline``.
+        stand_in: whether made-up photographs take the place of the examples. Names, classes and
+            numbers stay those of the source; of ImageNet and its kin they are known without data.
+
     Raises:
-        ValueError: if ``max_broken`` is negative.
+        ValueError: if ``max_broken`` is negative, the source does not take its arguments, or what
+            is to stand in for it cannot be known.
     """
     if max_broken < 0:
         raise ValueError(f"pipeline.max_broken takes no negative number, not {max_broken}")
-    return Pipeline(source(), preprocessing(), mixing, max_broken, broken_are_wrong)
+    opened = instead_of(source) if stand_in else source()
+    return Pipeline(opened, preprocessing(), mixing, max_broken, broken_are_wrong)
 
 
 def _batch(

@@ -1,6 +1,6 @@
 """Data sets that tensorflow-datasets has prepared, read from their files; never downloaded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -107,16 +107,33 @@ def splits(
     """
     names = {name: name for name in builder.info.splits}
     if minival_percent:
-        if not 0 < minival_percent < 100 or "train" not in names:
-            raise ValueError(
-                f"minival_percent takes 0 to 99 of a split 'train', not {minival_percent} of "
-                f"{', '.join(names)}"
-            )
+        _check_minival(minival_percent, names)
         names |= {
             "train": f"train[:{100 - minival_percent}%]",
             "minival": f"train[{100 - minival_percent}%:]",
         }
     return {name: _split(builder.info.splits[part], parse) for name, part in names.items()}
+
+
+def sizes(examples: Mapping[str, int], minival_percent: int = 0) -> dict[str, int]:
+    """Returns how many examples ``splits`` gives each split, by how many are prepared.
+
+    Raises:
+        ValueError: as ``splits`` does.
+    """
+    if not minival_percent:
+        return dict(examples)
+    _check_minival(minival_percent, examples)
+    whole = examples["train"]
+    kept = round((100 - minival_percent) * whole / 100)  # as TFDS cuts its percentages
+    return {**examples, "train": kept, "minival": whole - kept}
+
+
+def _check_minival(percent: int, names: Collection[str]) -> None:
+    if not 0 < percent < 100 or "train" not in names:
+        raise ValueError(
+            f"minival_percent takes 0 to 99 of a split 'train', not {percent} of {', '.join(names)}"
+        )
 
 
 def _split(info: Any, parse: Callable[[tf.Tensor], Example]) -> Split:
