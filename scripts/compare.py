@@ -13,17 +13,17 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON: a list of objects.")
 
 def main(workdirs: list[str]) -> None:
     """Prints the table and, if asked, the path of the plot."""
-    from etils import epath
-
-    from condconv.engine import report, tables
+    from condconv.engine import files, report, tables
     from condconv.engine.errors import UsageError
 
     if not workdirs:
         raise UsageError("needs the folder of a run at least; see --help")
-    paths = [epath.Path(workdir) for workdir in workdirs]
-    tables.show(report.compare(paths), _JSON.value)
+    paths = [files.path(workdir) for workdir in workdirs]
+    rows = report.compare(paths)
     if _OUTPUT.value:
-        report.plot_accuracy(paths, epath.Path(_OUTPUT.value))
+        report.plot_accuracy(paths, files.path(_OUTPUT.value))
+    tables.show(rows, _JSON.value)
+    if _OUTPUT.value:
         print(f"\naccuracy over steps: {_OUTPUT.value}")
 
 

@@ -86,7 +86,7 @@ def is_dir(path: epath.Path) -> bool:
         raise _unreadable(path, error) from error
 
 
-def write_text(path: epath.Path, text: str) -> None:
+def write_bytes(path: epath.Path, content: bytes) -> None:
     """Writes a file beside its place and moves it there, so that it is whole or not there.
 
     Raises:
@@ -94,7 +94,7 @@ def write_text(path: epath.Path, text: str) -> None:
     """
     beside = path.parent / f".{path.name}.part"
     try:
-        beside.write_text(text)
+        beside.write_bytes(content)
         beside.replace(path)
     except path_errors() as error:
         raise RunError(
@@ -102,8 +102,13 @@ def write_text(path: epath.Path, text: str) -> None:
         ) from error
 
 
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a text file, whole or not at all. Raises as ``write_bytes`` does."""
+    write_bytes(path, text.encode())
+
+
 def write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all. Raises as ``write_text`` does."""
+    """Writes a JSON file, whole or not at all. Raises as ``write_bytes`` does."""
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 

@@ -1,5 +1,6 @@
 """What the network sees, for people to look at."""
 
+import io
 import itertools
 import math
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def draw_batch(experiment: Experiment, step: int, count: int, output: epath.Path
     """
     if output.suffix.lower() != ".png":
         raise UsageError(f"--output={output} has to end in .png")
-    files.make_writable(output.parent, "the folder of --output")
+    files.check_output(output, "--output")
     data = build_data(experiment, experiment.train_split)
     with failing_in_one_line():
         pairs = _pairs(experiment, data, step, min(count, experiment.batch_size))
@@ -73,9 +74,10 @@ def _draw(
             axes.imshow(np.clip(np.round(example["image"]), 0, 255).astype(np.uint8))
             axes.set_title(kind * (column == 0) + _label(example["label"], names), fontsize=7)
     figure.suptitle(f"{title}: as evaluated, and below as trained on", fontsize=9)
-    with output.open("wb") as file:
-        figure.savefig(file, format="png", dpi=130)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130)
     pyplot.close(figure)
+    files.write_bytes(output, content.getvalue())
 
 
 def _label(label: np.ndarray, names: Sequence[str]) -> str:
