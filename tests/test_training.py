@@ -11,7 +11,8 @@ import tensorflow as tf
 from etils import epath
 
 from condconv import CondConv2D, CondDense
-from condconv.engine import checkpoints, config, evaluation, optimization, training
+from condconv.engine import checkpoints, config, evaluation, optimization, step, training
+from condconv.engine.checkpoints import Notes
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.experiment import Experiment
 from condconv.engine.telemetry import read_metrics
@@ -89,7 +90,7 @@ def trained(tmp_path_factory) -> epath.Path:
 
 
 def state(workdir: epath.Path) -> dict[str, np.ndarray]:
-    return checkpoints.Checkpoints(workdir).load_last()[1]
+    return checkpoints.Checkpoints(workdir).load_last().state
 
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
@@ -177,9 +178,9 @@ def test_raw_and_averaged_weights_differ_and_are_told_apart(trained):
 
 def test_best_is_the_best_on_the_selection_split(trained):
     scores = {m["step"]: m["minival_top1"] for m in read_metrics(trained) if "minival_top1" in m}
-    step, score = checkpoints.Checkpoints(trained).best()
-    assert score == max(scores.values()) == scores[step]
-    assert evaluation.evaluate_run(experiment(), trained, "best")["step"] == step
+    best, score = checkpoints.Checkpoints(trained).best()
+    assert score == max(scores.values()) == scores[best]
+    assert evaluation.evaluate_run(experiment(), trained, "best")["step"] == best
 
 
 def test_a_second_call_goes_on_and_ends_with_the_same_weights(tmp_path, trained):
@@ -191,8 +192,8 @@ def test_a_second_call_goes_on_and_ends_with_the_same_weights(tmp_path, trained)
 
     save = checkpoints.Checkpoints.save
 
-    def save_and_stop(self, step, values):
-        save(self, step, values)
+    def save_and_stop(self, step, values, notes):
+        save(self, step, values, notes)
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
@@ -216,20 +217,15 @@ def test_a_finished_run_is_left_alone(trained, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_call_goes_on(tmp_path, trained, number, capsys):
     workdir = epath.Path(tmp_path) / "run"
-    make_steps = training.make_steps
+    call = step.Stepper.__call__
 
-    def interrupted(run):
-        steps = make_steps(run)
-
-        def call(batches, first, count):
-            if first == 3:
-                signal.raise_signal(number)
-            return steps(batches, first, count)
-
-        return call
+    def interrupted(self, batches, first, *rest):
+        if first == 3:
+            signal.raise_signal(number)
+        return call(self, batches, first, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_steps", interrupted)
+        patch.setattr(step.Stepper, "__call__", interrupted)
         assert training.train(experiment(), workdir) == 128 + number
     assert "the same command goes on" in capsys.readouterr().err
     assert checkpoints.Checkpoints(workdir).steps() == [5]
@@ -311,8 +307,8 @@ def test_ema_without_averages_is_refused(tmp_path):
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, trained, damage):
     kept = checkpoints.Checkpoints(epath.Path(tmp_path))
-    for step in (10, 20):
-        kept.save(step, {"a": np.full(100, step, np.float32)})
+    for number in (10, 20):
+        kept.save(number, {"a": np.full(100, number, np.float32)}, Notes())
     path = tmp_path / "checkpoints" / "000000020" / "state.safetensors"
     content = bytearray(path.read_bytes())
     if damage == "truncate":
@@ -320,36 +316,26 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, trained, damage):
     else:
         content[-3] ^= 1
     path.write_bytes(content)
-    step, arrays = kept.load_last()
-    assert (step, arrays["a"][0]) == (10, 10.0)
+    last = kept.load_last()
+    assert (last.step, last.state["a"][0]) == (10, 10.0)
     with pytest.raises(UsageError, match="is damaged"):
         kept.load(20)
 
 
 def test_without_a_manifest_there_is_no_checkpoint(tmp_path):
     kept = checkpoints.Checkpoints(epath.Path(tmp_path), keep=2)
-    for step in (1, 2, 3, 4):
-        kept.save(step, {"a": np.zeros(1)})
-        if step == 1:
-            kept.mark_best(1, 0.5)
+    for number in (1, 2, 3, 4):
+        kept.save(number, {"a": np.zeros(1)}, Notes(score=0.5 if number == 1 else None))
     assert kept.steps() == [1, 3, 4]
     (tmp_path / "checkpoints" / "000000004" / "manifest.json").unlink()
-    assert kept.load_last()[0] == 3
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"step": "x"}'])
-def test_a_best_that_cannot_be_read_is_named(tmp_path, text):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "best.json").write_text(text)
-    with pytest.raises(UsageError, match=r"best.json"):
-        checkpoints.Checkpoints(epath.Path(tmp_path)).best()
+    assert kept.load_last().step == 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     def exploding(clock):
         return optimization.cosine(clock, 1e30, "0 steps")
 
-    with pytest.raises(RunError, match="the loss is not finite .step"):
+    with pytest.raises(RunError, match="not finite .step"):
         training.train(experiment(schedule=exploding), epath.Path(tmp_path) / "run")
 
 

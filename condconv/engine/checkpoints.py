@@ -5,10 +5,14 @@ manifest, with size and checksum of the state, is written last: a folder without
 checkpoint. That holds on object stores too, where a rename is not atomic and a write is.
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
+import math
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,11 +22,36 @@ import safetensors.numpy
 from etils import epath
 
 from condconv.engine import files
-from condconv.engine.errors import UsageError
+from condconv.engine.errors import RunError, UsageError
 
 Arrays = dict[str, np.ndarray]
 
-_FOLDER, _STATE, _MANIFEST, _BEST = "checkpoints", "state.safetensors", "manifest.json", "best.json"
+_FOLDER, _STATE, _MANIFEST = "checkpoints", "state.safetensors", "manifest.json"
+_DAMAGED = "manifest.damaged.json"  # of a checkpoint that has been set aside
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """What a run remembers beside its arrays.
+
+    Attributes:
+        score: on the selection split, if it was evaluated there.
+        skipped: by how many steps the data is ahead of the steps done.
+        rollbacks: how often the run went back.
+    """
+
+    score: float | None = None
+    skipped: int = 0
+    rollbacks: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been read."""
+
+    step: int
+    state: Arrays
+    notes: Notes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,42 +61,67 @@ class Checkpoints:
     Attributes:
         workdir: of the run.
         keep: how many of the last to keep, besides the best.
+        keep_every: steps between two that are kept for good, or None.
     """
 
     workdir: epath.Path
     keep: int = 3
+    keep_every: int | None = None
 
-    def save(self, step: int, state: Mapping[str, np.ndarray]) -> None:
-        """Writes a checkpoint, then removes those that are no longer to be kept."""
+    def save(self, step: int, state: Mapping[str, np.ndarray], notes: Notes) -> None:
+        """Writes a checkpoint, then removes those that are no longer to be kept.
+
+        Raises:
+            RunError: if it cannot be written; nothing of it stays, and the others do.
+        """
         folder = self._folder(step)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _MANIFEST).unlink(missing_ok=True)
         content = safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in state.items()})
-        (folder / _STATE).write_bytes(content)
-        manifest = {"step": step, "bytes": len(content), "sha256": _checksum(content)}
-        files.write_json(folder / _MANIFEST, manifest)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / _MANIFEST).unlink(missing_ok=True)
+            (folder / _STATE).write_bytes(content)
+            files.write_text(folder / _MANIFEST, _manifest(step, content, notes))
+        except (*files.path_errors(), RunError) as error:
+            with contextlib.suppress(*files.path_errors()):
+                folder.rmtree()
+            raise RunError(self._unwritten(step, len(content), error)) from error
         self._remove_old()
+
+    def _unwritten(self, step: int, size: int, error: Exception) -> str:
+        cause = error.__cause__ or error
+        reason = files.reason(cause)
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(self.workdir).free
+            reason += f": it takes {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+        last = self.steps()[-1:]
+        return (
+            f"the checkpoint of step {step} cannot be written to {self.workdir} ({reason}); the "
+            f"last one is of step {last[0] if last else 'none'}. Make room, and the same command "
+            "goes on from there"
+        )
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, the last one last."""
-        root = self.workdir / _FOLDER
-        folders = root.iterdir() if root.exists() else ()
-        return sorted(int(f.name) for f in folders if f.name.isdecimal() and _complete(f))
+        return sorted(int(f.name) for f in self._folders() if _complete(f))
 
-    def load_last(self) -> tuple[int, Arrays] | None:
-        """Returns step and state of the last checkpoint that can be read, or None.
+    def load_last(self, set_aside: bool = False) -> Checkpoint | None:
+        """Returns the last checkpoint that can be read, or None.
 
-        A damaged one is named in the log and passed over.
+        A damaged one is named in the log and passed over; ``set_aside`` also takes it out of the
+        count, as who goes on from an earlier one must.
         """
         for step in reversed(self.steps()):
             try:
-                return step, self.load(step)
+                return self.load(step)
             except UsageError as error:
                 logging.warning("%s; trying the one before", error)
+                if set_aside:
+                    folder = self._folder(step)
+                    (folder / _MANIFEST).rename(folder / _DAMAGED)
         return None
 
-    def load(self, step: int) -> Arrays:
-        """Returns the state of one checkpoint.
+    def load(self, step: int) -> Checkpoint:
+        """Returns one checkpoint.
 
         Raises:
             UsageError: if there is none, or it is not what its manifest says.
@@ -78,23 +132,14 @@ class Checkpoints:
             raise UsageError(f"{self.workdir} has no checkpoint of step {step}; it has {have}")
         return _read(folder)
 
-    def mark_best(self, step: int, score: float) -> None:
-        """Remembers ``step`` as the best so far; it is kept until a better one comes."""
-        files.write_json(self.workdir / _FOLDER / _BEST, {"step": step, "score": score})
-
     def best(self) -> tuple[int, float] | None:
-        """Returns step and score of the best checkpoint so far, or None."""
-        path = self.workdir / _FOLDER / _BEST
-        if not path.exists():
-            return None
-        best = files.read_json(path)
-        try:
-            return int(best["step"]), float(best["score"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{path} names no best checkpoint: remove it") from error
+        """Returns step and score of the best checkpoint, the first of several, or None."""
+        scores = ((step, _score(self._folder(step))) for step in self.steps())
+        scored = [(step, score) for step, score in scores if score is not None]
+        return max(scored, key=lambda each: (each[1], -each[0]), default=None)
 
-    def resolve(self, name: str) -> tuple[int, Arrays]:
-        """Returns step and state of "last", "best", a step, or the path of a checkpoint.
+    def resolve(self, name: str) -> Checkpoint:
+        """Returns "last", "best", a step, or the path of a checkpoint.
 
         Raises:
             UsageError: if there is no such checkpoint, or it is damaged.
@@ -111,47 +156,112 @@ class Checkpoints:
                     f"{self.workdir} has no best checkpoint: its config sets no "
                     "Experiment.selection_split to choose one by; take 'last'"
                 )
-            return best[0], self.load(best[0])
-        if name.isdecimal():
-            return int(name), self.load(int(name))
-        folder = epath.Path(name)
-        if not folder.name.isdecimal() or not _complete(folder):
-            raise UsageError(
-                f"there is no checkpoint {name!r}: give 'last', 'best', a step or a folder "
-                f"of {_FOLDER}"
-            )
-        return int(folder.name), _read(folder)
+            return self.load(best[0])
+        return self.load(int(name)) if name.isdecimal() else read(name)
 
     def _folder(self, step: int) -> epath.Path:
         return self.workdir / _FOLDER / f"{step:09d}"
 
+    def _folders(self) -> list[epath.Path]:
+        root = self.workdir / _FOLDER
+        return [f for f in root.iterdir() if f.name.isdecimal()] if root.exists() else []
+
     def _remove_old(self) -> None:
-        best = self.best()
-        kept = {*self.steps()[-self.keep :], *(best[:1] if best else ())}
-        for step in self.steps():
-            if step not in kept:
-                (self._folder(step) / _MANIFEST).unlink()  # no longer a checkpoint, then nothing
-                self._folder(step).rmtree()
+        best, steps = self.best(), self.steps()
+        kept = {*steps[-self.keep :], *(best[:1] if best else ())}
+        if self.keep_every:
+            kept |= {step for step in steps if step % self.keep_every == 0}
+        for folder in self._folders():
+            if int(folder.name) in kept or (folder / _DAMAGED).exists():
+                continue
+            (folder / _MANIFEST).unlink(missing_ok=True)  # no longer a checkpoint, then nothing
+            folder.rmtree()
+
+
+def read(path: str) -> Checkpoint:
+    """Returns the checkpoint in a folder such as ``WORKDIR/checkpoints/000001000``.
+
+    Raises:
+        UsageError: if it is none, or is damaged.
+    """
+    folder = epath.Path(path)
+    if not folder.name.isdecimal() or not _complete(folder):
+        raise UsageError(
+            f"there is no checkpoint {path!r}: give 'last', 'best', a step or a folder of {_FOLDER}"
+        )
+    return _read(folder)
+
+
+def weights_of(path: str) -> Arrays:
+    """Returns a network's variables by path, from a ``.keras`` file or a checkpoint's folder.
+
+    Of a checkpoint, averages are preferred.
+
+    Raises:
+        UsageError: if there is neither.
+    """
+    if not path.endswith(".keras"):
+        state = read(path).state
+        prefix = "average/" if any(name.startswith("average/") for name in state) else "model/"
+        return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    try:
+        model = keras.saving.load_model(path, compile=False)
+    except (OSError, ValueError, TypeError) as error:
+        first, *_ = str(error).split("\n")
+        raise UsageError(f"{path} cannot be read as a .keras file: {first}") from error
+    return {name: variable.numpy() for name, variable in named_variables(model).items()}
+
+
+def is_finite(state: Mapping[str, np.ndarray]) -> bool:
+    """Returns whether all floating-point numbers of a state are finite."""
+    return all(np.isfinite(v).all() for v in state.values() if np.issubdtype(v.dtype, np.inexact))
 
 
 def _complete(folder: epath.Path) -> bool:
     return (folder / _MANIFEST).exists()
 
 
-def _read(folder: epath.Path) -> Arrays:
+def _score(folder: epath.Path) -> float | None:
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        return _notes(json.loads((folder / _MANIFEST).read_text())).score
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None  # whoever loads it is told
+
+
+def _notes(manifest: dict[str, Any]) -> Notes:
+    """Returns the notes of a manifest.
+
+    Raises:
+        ValueError: if they are not what was written.
+    """
+    score = manifest.get("score")
+    skipped, rollbacks = (manifest.get(name, 0) for name in ("skipped", "rollbacks"))
+    whole = all(isinstance(n, int) and n >= 0 for n in (skipped, rollbacks))
+    if not whole or not (score is None or math.isfinite(score)):
+        raise ValueError("its notes are no numbers")
+    return Notes(score, skipped, rollbacks)
+
+
+def _read(folder: epath.Path) -> Checkpoint:
+    try:
+        text = (folder / _MANIFEST).read_text()
         content = (folder / _STATE).read_bytes()
-        intact = manifest["bytes"] == len(content) and manifest["sha256"] == _checksum(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = json.loads(text)
+        notes = _notes(manifest)
+        # As it was written, to the letter: a flipped bit in a note is as bad as one in a weight.
+        intact = text == _manifest(int(folder.name), content, notes)
+        state = safetensors.numpy.load(content) if intact else {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"the checkpoint {folder} cannot be read: {error}") from error
     if not intact:
         raise UsageError(f"the checkpoint {folder} is damaged: it is not what its manifest says")
-    return safetensors.numpy.load(content)
+    return Checkpoint(int(folder.name), state, notes)
 
 
-def _checksum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _manifest(step: int, content: bytes, notes: Notes) -> str:
+    checksum = hashlib.sha256(content).hexdigest()
+    values = {"step": step, "bytes": len(content), "sha256": checksum}
+    return json.dumps(values | dataclasses.asdict(notes), indent=2) + "\n"
 
 
 def named_variables(model: keras.Model) -> dict[str, keras.Variable]:

@@ -80,7 +80,7 @@ class Evaluator:
                 split, batch_size=size, shard=shard, num_shards=shards
             ),
         )
-        parts = [self._local(self._step(batch)) for batch in batches]
+        parts = [self._gathered(self._step(batch)) for batch in batches]
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
         index, *values = (column[columns[0] >= 0] for column in columns)
         expected = self._data.num_examples(split)
@@ -92,10 +92,9 @@ class Evaluator:
         order = np.argsort(index)
         return Predictions(*(value[order] for value in values))
 
-    def _local(self, outputs: Any) -> list[np.ndarray]:
+    def _gathered(self, outputs: Any) -> list[np.ndarray]:
         """Returns the columns of one step, those of all replicas behind each other."""
-        columns = (self._strategy.experimental_local_results(column) for column in outputs)
-        return [np.concatenate([part.numpy() for part in column]) for column in columns]
+        return [self._strategy.gather(column, axis=0).numpy() for column in outputs]
 
 
 def _judge(
@@ -149,7 +148,8 @@ def evaluate_run(
         UsageError: if there is no such checkpoint, or it does not fit.
         RunError: if not every example was seen exactly once.
     """
-    step, state = checkpoints.Checkpoints(workdir).resolve(checkpoint)
+    found = checkpoints.Checkpoints(workdir).resolve(checkpoint)
+    step, state = found.step, found.state
     averaged = any(name.startswith("average/") for name in state)
     if ema and not averaged:
         raise UsageError(f"--ema: {workdir} has no averaged weights; its Experiment.ema_decay is 0")

@@ -14,7 +14,7 @@ from condconv.engine import devices
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.optimization import Clock, Duration, check_duration
 
-PRECISIONS = ("float32", "mixed_bfloat16")
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16", "float64")
 
 
 class Data(Protocol):
@@ -74,7 +74,14 @@ class Experiment:
         weight_decay: factor of ½·‖w‖², added to the loss for every trainable variable that is
             not of a batch normalisation (official rule).
         ema_decay: of the average of weights and batch-norm statistics; 0 for none.
-        precision: "float32" or "mixed_bfloat16".
+        clip_norm: largest norm of all gradients together; None for no limit.
+        precision: "float32", "mixed_bfloat16", "mixed_float16" (with loss scaling) or "float64".
+        accumulation_steps: parts of each batch that are computed one after the other, for batches
+            that memory does not hold. Batch normalisation sees a part at a time.
+        synchronized_batch_norm: whether its statistics are those of all replicas, or each one's.
+        xla: whether to compile the gradients' computation with XLA.
+        init_from: a ``.keras`` file or the folder of a checkpoint whose variables to begin with,
+            where name and shape are the same; averages are preferred.
         seed: of initial weights, order, augmentation and dropout.
         train_split: trained on.
         selection_split: chooses the best checkpoint, never trained on nor reported; None if the
@@ -82,6 +89,10 @@ class Experiment:
         eval_split: reported.
         log_every, evaluate_every, checkpoint_every: durations between two of these.
         keep_checkpoints: how many of the last to keep, besides the best.
+        keep_every: duration between two checkpoints that are kept for good; None for none.
+        max_rollbacks: how often a loss or gradient that is not finite may send the run back to its
+            last checkpoint, to go on with the data behind the bad batch; then the run ends.
+        stall_seconds: without a step after which the log says what the run is waiting for.
         steps_per_call: steps that run between two looks at the clock.
         devices: "auto" (all local GPUs, else the CPU) or "cpu:N", N replicas on the CPU.
     """
@@ -96,7 +107,12 @@ class Experiment:
     label_smoothing: float = 0.0
     weight_decay: float = 0.0
     ema_decay: float = 0.0
+    clip_norm: float | None = None
     precision: str = "float32"
+    accumulation_steps: int = 1
+    synchronized_batch_norm: bool = False
+    xla: bool = False
+    init_from: str | None = None
     seed: int = 0
     train_split: str = "train"
     selection_split: str | None = None
@@ -105,6 +121,9 @@ class Experiment:
     evaluate_every: Duration = "1 epochs"
     checkpoint_every: Duration = "1 epochs"
     keep_checkpoints: int = 3
+    keep_every: Duration | None = None
+    max_rollbacks: int = 0
+    stall_seconds: float = 60.0
     steps_per_call: int = 10
     devices: str = "auto"
 
@@ -120,6 +139,10 @@ class Experiment:
             ("weight_decay", self.weight_decay >= 0, "a factor of at least 0"),
             ("ema_decay", 0 <= self.ema_decay < 1, "a decay from 0 to below 1"),
             ("precision", self.precision in PRECISIONS, " or ".join(PRECISIONS)),
+            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a norm above 0, or None"),
+            ("accumulation_steps", self.accumulation_steps >= 1, "an integer of at least 1"),
+            ("max_rollbacks", self.max_rollbacks >= 0, "an integer of at least 0"),
+            ("stall_seconds", self.stall_seconds > 0, "seconds above 0"),
             ("keep_checkpoints", self.keep_checkpoints >= 1, "an integer of at least 1"),
             ("seed", 0 <= self.seed < 2**32, "an integer from 0 to below 2^32"),
             ("steps_per_call", self.steps_per_call >= 1, "an integer of at least 1"),
@@ -127,8 +150,11 @@ class Experiment:
         for name, fits, allowed in checks:
             if not fits:
                 raise UsageError(f"Experiment.{name} takes {allowed}, not {getattr(self, name)!r}")
-        for name in ("duration", "log_every", "evaluate_every", "checkpoint_every"):
-            check_duration(getattr(self, name), f"Experiment.{name}")
+        for name in ("duration", "log_every", "evaluate_every", "checkpoint_every", "keep_every"):
+            if (duration := getattr(self, name)) is not None:
+                amount, _ = check_duration(duration, f"Experiment.{name}")
+                if not amount:
+                    raise UsageError(f"Experiment.{name} takes more than {duration!r}")
 
     def clock(self, num_examples: int) -> Clock:
         """Returns what turns durations into steps, for so many training examples."""
@@ -137,14 +163,19 @@ class Experiment:
         return dataclasses.replace(clock, total_steps=total)
 
 
-def build_data(experiment: Experiment, *splits: str) -> Data:
+def build_data(experiment: Experiment, *splits: str, stand_in: bool = False) -> Data:
     """Calls the factory of the data.
+
+    Args:
+        experiment: that has it.
+        *splits: that will be read.
+        stand_in: whether to ask for made-up examples in place of the real ones.
 
     Raises:
         UsageError: if its arguments are out of range, or one of ``splits`` is empty or unknown.
     """
     with blaming_the_config():
-        data = experiment.data()
+        data = experiment.data(stand_in=True) if stand_in else experiment.data()
         if not hasattr(data, "train_batches"):
             raise UsageError(
                 "Experiment.data takes @pipeline, with pipeline.source = "

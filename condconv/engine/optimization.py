@@ -5,6 +5,7 @@ of TensorFlow 1, whose steps differ from Keras'.
 """
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -28,12 +29,15 @@ def check_duration(duration: Duration, name: str) -> tuple[float, str]:
     """
     match = _DURATION.fullmatch(duration)
     try:
-        return float(match[1]), match[2]
+        amount, unit = float(match[1]), match[2]
     except (TypeError, ValueError):
+        amount, unit = math.inf, ""
+    if not math.isfinite(amount):
         raise UsageError(
             f"{name} takes a number and one of {', '.join(_UNITS)}, such as '5 epochs', "
             f"not {duration!r}"
-        ) from None
+        )
+    return amount, unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +106,7 @@ class _Cosine(_WarmUp):
         self.total_steps = clock.total_steps
 
     def decayed(self, step: tf.Tensor) -> tf.Tensor:
-        return 0.5 * (1 + tf.cos(step * (3.141592653589793 / self.total_steps)))
+        return 0.5 * (1 + tf.cos(step * (math.pi / self.total_steps)))
 
 
 @gin.register(denylist=["clock"])
@@ -160,6 +164,10 @@ class _Optimizer(keras.optimizers.Optimizer):
             ]
             setattr(self, buffer, made)
 
+    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
+        """Leaves gradients as they are: the training step has summed them over the replicas."""
+        return grads_and_vars
+
 
 class _Momentum(_Optimizer):
     buffers = {"momentums": "zeros"}
@@ -215,6 +223,48 @@ def rmsprop(
     s ← ρs + (1−ρ)g², m ← μm + lr·g/√(s+ε), w ← w − m. Keras' own starts the mean square at zero.
     """
     return _RMSProp(learning_rate, momentum, decay, epsilon)
+
+
+def apply_summed(
+    optimizer: keras.optimizers.Optimizer, gradients: list[tf.Tensor], model: keras.Model
+) -> None:
+    """Applies gradients that are already summed over the replicas, within each of them."""
+    if not isinstance(optimizer, _Optimizer):  # Keras' own sum them (again)
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        gradients = [gradient / replicas for gradient in gradients]
+    optimizer.apply(gradients, model.trainable_variables)
+
+
+class LossScale:
+    """The factor that keeps float16's gradients from vanishing (arXiv:1710.03740, section 3.2).
+
+    It is halved at a gradient that is not finite, whose step is left out, and doubled after 2,000
+    steps in a row without one.
+    """
+
+    def __init__(self, initial: float = 2.0**15, patience: int = 2000):
+        first = tf.VariableAggregation.ONLY_FIRST_REPLICA
+        scale = tf.Variable(initial, trainable=False, aggregation=first, name="scale")
+        good = tf.Variable(0, trainable=False, dtype=tf.int64, aggregation=first, name="good_steps")
+        self.variables = {"scale": scale, "good_steps": good}
+        self._patience = patience
+
+    def read(self) -> tf.Tensor:
+        """Returns the factor, a float32 scalar."""
+        return tf.convert_to_tensor(self.variables["scale"])
+
+    def is_least(self) -> tf.Tensor:
+        """Returns whether the factor cannot be made smaller, so that it is not what overflows."""
+        return self.read() <= 1.0
+
+    def update(self, finite: tf.Tensor) -> None:
+        """Takes note of a step; outside of any replica."""
+        scale, good = self.read(), tf.convert_to_tensor(self.variables["good_steps"]) + 1
+        grown = tf.where(good >= self._patience, scale * 2, scale)
+        self.variables["scale"].assign(tf.where(finite, grown, tf.maximum(scale / 2, 1.0)))
+        self.variables["good_steps"].assign(
+            tf.where(finite & (good < self._patience), good, tf.zeros_like(good))
+        )
 
 
 def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) -> tf.Tensor:

@@ -1,12 +1,14 @@
 """What a run tells: a live line, ``metrics.jsonl``, TensorBoard, ``environment.json``."""
 
 import json
+import math
 import pathlib
 import platform
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -14,6 +16,8 @@ import rich.console
 import rich.progress
 import tensorflow as tf
 from etils import epath
+
+from condconv.engine import files
 
 _METRICS = "metrics.jsonl"
 _SECONDS_BETWEEN_LINES = 10.0
@@ -30,7 +34,7 @@ class Telemetry:
         self._file = workdir / _METRICS
         self._total, self._examples = total_steps, examples_per_step
         self._writer = tf.summary.create_file_writer(str(workdir / "tensorboard"))
-        self._forget_after(start)
+        self.forget_after(start)
         self._last_line = time.monotonic()
         self._rate = 0.0
         console = rich.console.Console(stderr=True)
@@ -62,8 +66,9 @@ class Telemetry:
             values: by name.
             notable: whether to print a line even where nobody watches live.
         """
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self._file.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         with self._writer.as_default(step=step):
             for name, value in values.items():
                 tf.summary.scalar(name, value)
@@ -86,19 +91,71 @@ class Telemetry:
             left = "" if left is None else f"  {_clock(left)} left"
             print(f"{text}{left}", file=sys.stderr, flush=True)
 
-    def _forget_after(self, step: int) -> None:
+    def forget_after(self, step: int) -> None:
         """Drops lines behind the checkpoint that the run goes on from: they will come again."""
         if not self._file.exists():
             return
-        lines = [line for line in self._file.read_text().splitlines() if _step_of(line) <= step]
-        self._file.write_text("".join(f"{line}\n" for line in lines))
+        lines = [line for line in _lines(self._file) if _step_of(line) <= step]
+        files.write_text(self._file, "".join(f"{line}\n" for line in lines))
+
+
+class Silence:
+    """The telemetry of a worker that leaves it to another one."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Does nothing."""
+
+    def record(self, step: int, values: Mapping[str, float], notable: bool = False) -> None:
+        """Does nothing."""
+
+    def forget_after(self, step: int) -> None:
+        """Does nothing."""
+
+
+class Watch:
+    """Says what a run is waiting for when no step ends for a while; once for each such wait."""
+
+    def __init__(self, seconds: float, waiting: Callable[[], bool]):
+        self._seconds, self._waiting = seconds, waiting
+        self._step, self._end = 0, threading.Event()
+        self._moved = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._end.set()
+        self._moved.set()
+        self._thread.join()
+
+    def moved(self, step: int) -> None:
+        """Takes note that ``step`` has been reached."""
+        self._step = step
+        self._moved.set()
+
+    def _look(self) -> None:
+        while not self._end.is_set():
+            self._moved.clear()
+            if self._moved.wait(self._seconds):
+                continue
+            what = "input: no batch has come" if self._waiting() else "the devices: no step ended"
+            print(
+                f"step {self._step}: waiting for {what} for {self._seconds:g} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._moved.wait()
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
-    """Returns the objects of ``metrics.jsonl``, in order; none if there is no such file."""
-    path = workdir / _METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """Returns the objects of ``metrics.jsonl``, in order, without half a line of a killed run."""
+    lines = _lines(workdir / _METRICS)
+    return [json.loads(line) for line in lines if math.isfinite(_step_of(line))]
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -136,9 +193,13 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def _lines(path: epath.Path) -> list[str]:
+    return path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
+
+
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # half a line, from a run that was killed
 

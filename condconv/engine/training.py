@@ -1,4 +1,4 @@
-"""The training loop, on tf.distribute: make a step, run k of them, evaluate, save, go on.
+"""The training loop, on tf.distribute: run k steps, look, evaluate, save, go on.
 
 Keras' ``fit`` cannot do several workers, several steps in a call under a strategy, or a seed for
 each step and replica, so the loop is our own.
@@ -9,137 +9,54 @@ import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import keras
-import numpy as np
-import tensorflow as tf
 from etils import epath
 
 from condconv.engine import checkpoints, config, devices, files, telemetry
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.evaluation import Evaluator, Predictions
-from condconv.engine.experiment import (
-    Data,
-    Experiment,
-    blaming_the_config,
-    build_data,
-    build_model,
-    check_images_fit,
-    failing_in_one_line,
-)
-from condconv.engine.optimization import (
-    Clock,
-    MovingAverage,
-    cross_entropy,
-    decayed_variables,
-    half_squared_norm,
-    likeliest,
-)
-from condconv.stochastic import seed_scope
+from condconv.engine.experiment import Experiment, failing_in_one_line
+from condconv.engine.run import Run, build
+from condconv.engine.step import Stepper, Steps, train_batches
 
-_DROPOUT = 1  # what a seed is folded with, so that no two uses of it draw alike
+_ON_REQUEST = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """An experiment that has been built and can be stepped.
+class _Place:
+    """Where a run is.
 
     Attributes:
-        experiment: what was asked for.
-        data: its data.
-        strategy: where it computes.
-        clock: turns durations into steps.
-        schedule: learning rate by step.
-        model, optimizer: built under the strategy.
-        average: of the weights, or None.
+        step: steps done.
+        skipped: by how many steps the data is ahead of them.
+        rollbacks: how often the run went back.
+        best: score of the best checkpoint so far, or None.
     """
 
-    experiment: Experiment
-    data: Data
-    strategy: tf.distribute.Strategy
-    clock: Clock
-    schedule: keras.optimizers.schedules.LearningRateSchedule
-    model: keras.Model
-    optimizer: keras.optimizers.Optimizer
-    average: MovingAverage | None
+    step: int = 0
+    skipped: int = 0
+    rollbacks: int = 0
+    best: float | None = None
 
-    def variables(self) -> dict[str, Any]:
-        """Returns all that a checkpoint holds, by name."""
-        weights = checkpoints.named_variables(self.model)
-        named = {f"model/{path}": variable for path, variable in weights.items()}
-        for variable in self.optimizer.variables:
-            named[f"optimizer/{variable.path}"] = variable
-        if self.average:
-            averages = zip(weights, self.average.averages, strict=True)
-            named |= {f"average/{path}": average for path, average in averages}
-        return named
+    def after(self, checkpoint: checkpoints.Checkpoint) -> "_Place":
+        """Returns the place that a checkpoint was written at."""
+        notes = checkpoint.notes
+        return _Place(checkpoint.step, notes.skipped, notes.rollbacks, self.best)
 
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Lets the model compute with the averages of its weights, if there are any."""
-        if not self.average:
-            yield
-            return
-        own = [variable.numpy() for variable in self.average.variables]
-        for variable, average in zip(self.average.variables, self.average.averages, strict=True):
-            variable.assign(average.numpy())
-        try:
-            yield
-        finally:
-            for variable, value in zip(self.average.variables, own, strict=True):
-                variable.assign(value)
+    def notes(self, score: float | None) -> checkpoints.Notes:
+        """Returns what a checkpoint must remember of this place."""
+        return checkpoints.Notes(score, self.skipped, self.rollbacks)
 
 
-def build(experiment: Experiment) -> Run:
-    """Builds everything that a run needs, and writes nothing.
-
-    Raises:
-        UsageError: if the config asks for what cannot be.
-    """
-    strategy = devices.strategy(experiment.devices)
-    replicas = strategy.num_replicas_in_sync
-    for name in ("batch_size", "eval_batch_size"):
-        size = getattr(experiment, name)
-        if size is not None and size % replicas:
-            raise UsageError(
-                f"Experiment.{name}={size} cannot be divided among {replicas} replicas: "
-                f"take a multiple of {replicas}"
-            )
-    splits = (experiment.train_split, experiment.selection_split, experiment.eval_split)
-    data = build_data(experiment, *filter(None, splits))
-    clock = experiment.clock(data.num_examples(experiment.train_split))
-    keras.utils.set_random_seed(experiment.seed)
-    with strategy.scope():
-        model = build_model(experiment, data.num_classes)
-        check_images_fit(model, data, experiment.train_split)
-        with blaming_the_config():
-            data.train_batches(
-                experiment.train_split,
-                batch_size=experiment.batch_size,
-                seed=experiment.seed,
-                start=0,
-                shard=0,
-                num_shards=1,
-            )
-        with blaming_the_config():
-            schedule = experiment.schedule(clock=clock)
-            optimizer = experiment.optimizer(learning_rate=schedule)
-        optimizer.build(model.trainable_variables)
-        average = None
-        if experiment.ema_decay:
-            weights = list(checkpoints.named_variables(model).values())
-            average = MovingAverage(weights, experiment.ema_decay)
-    return Run(experiment, data, strategy, clock, schedule, model, optimizer, average)
-
-
-def train(experiment: Experiment, workdir: epath.Path) -> int:
+def train(experiment: Experiment, workdir: epath.Path, tpu: str | None = None) -> int:
     """Trains from the last checkpoint in ``workdir``, or from the start, to the end.
 
     Args:
         experiment: as gin's config in force describes it.
-        workdir: of the run; made if it is not there.
+        workdir: of the run; made if it is not there. Several workers share it.
+        tpu: to train on, see ``devices.strategy``.
 
     Returns:
         The exit code: 0, or 128 + signal if one stopped the run, its state saved.
@@ -149,25 +66,28 @@ def train(experiment: Experiment, workdir: epath.Path) -> int:
         RunError: after it.
     """
     _check_same_experiment(workdir)
-    run = build(experiment)
-    files.make_writable(workdir, "--workdir")
-    kept = checkpoints.Checkpoints(workdir, experiment.keep_checkpoints)
-    start = _restore(run, kept)
-    config.save(workdir)
-    config.save_operative(workdir)
-    files.write_json(workdir / "environment.json", telemetry.environment(experiment.seed))
-    if start >= run.clock.total_steps:
-        print(f"{workdir} is already trained to step {start}", file=sys.stderr)
+    strategy = devices.strategy(experiment.devices, tpu)
+    run = build(experiment, strategy)
+    if chief := devices.is_chief(strategy):
+        files.make_writable(workdir, "--workdir")
+    kept = _checkpoints(run, workdir)
+    place = _restore(run, kept, chief)
+    if chief:
+        config.save(workdir)
+        config.save_operative(workdir)
+        files.write_json(workdir / "environment.json", telemetry.environment(experiment.seed))
+    total = run.clock.total_steps
+    if place.step >= total:
+        print(f"{workdir} is already trained to step {place.step}", file=sys.stderr)
         return 0
-    with (
-        telemetry.Telemetry(workdir, run.clock.total_steps, experiment.batch_size, start) as told,
-        _signals() as caught,
-        failing_in_one_line(),
-    ):
-        _loop(run, kept, told, start, caught)
-    if caught:
+    told = telemetry.Silence()
+    if chief:
+        told = telemetry.Telemetry(workdir, total, experiment.batch_size, place.step)
+    with told, _signals() as caught, failing_in_one_line(), _writing(workdir):
+        stopped = _Loop(run, kept, told, caught, chief).go(place)
+    if stopped:
         print(f"stopped and saved; the same command goes on from {workdir}", file=sys.stderr)
-        return 128 + caught[0]
+        return 128 + (caught[0] if caught else signal.SIGTERM)
     return 0
 
 
@@ -176,18 +96,26 @@ def _check_same_experiment(workdir: epath.Path) -> None:
     if path.exists() and (differences := config.differences(path.read_text())):
         raise UsageError(
             f"--workdir={workdir} holds another experiment: {'; '.join(differences)}. "
-            "Name another workdir, or remove this one"
+            f"Name another workdir, or remove this one (what may change: {config.CHANGEABLE})"
         )
 
 
-def _restore(run: Run, kept: checkpoints.Checkpoints) -> int:
-    """Returns the step to go on from."""
-    last = kept.load_last()
+def _checkpoints(run: Run, workdir: epath.Path) -> checkpoints.Checkpoints:
+    experiment, every = run.experiment, None
+    if experiment.keep_every:
+        every = run.clock.period(experiment.keep_every, "Experiment.keep_every")
+    return checkpoints.Checkpoints(workdir, experiment.keep_checkpoints, every)
+
+
+def _restore(run: Run, kept: checkpoints.Checkpoints, chief: bool) -> _Place:
+    """Takes over the last checkpoint; returns where to go on from."""
+    last = kept.load_last(set_aside=chief)
+    step = devices.agreed(run.strategy, last.step if last else 0, "the step they go on from")
     if last is None:
-        return 0
-    step, state = last
-    checkpoints.fit(state, run.variables(), f"the checkpoint of step {step}")
-    return step
+        return _Place(step)
+    run.restore(last)
+    best = kept.best()
+    return _Place(best=best[1] if best else None).after(last)
 
 
 @contextlib.contextmanager
@@ -200,7 +128,7 @@ def _signals() -> Iterator[list[int]]:
         for each, before in handlers.items():
             signal.signal(each, before)
 
-    handlers = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {n: signal.signal(n, note) for n in _ON_REQUEST}
     try:
         yield caught
     finally:
@@ -208,62 +136,154 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, before)
 
 
-def _loop(
-    run: Run,
-    kept: checkpoints.Checkpoints,
-    told: telemetry.Telemetry,
-    step: int,
-    caught: list[int],
-) -> None:
-    experiment, total = run.experiment, run.clock.total_steps
-    periods = {
-        name: run.clock.period(getattr(experiment, name), f"Experiment.{name}")
-        for name in ("log_every", "evaluate_every", "checkpoint_every")
-    }
-    run_steps, batches = make_steps(run), iter(train_batches(run, step))
-    evaluator, window = _evaluator(run), _Window(run, step)
-    while step < total and not caught:
-        until_due = min(period - step % period for period in periods.values())
-        count = min(until_due, experiment.steps_per_call, total - step)
-        window.add(run_steps(batches, step, count))
-        step += count
-        due = {n for n, period in periods.items() if step % period == 0 or step == total}
-        if "log_every" in due:
-            told.record(step, window.close(step, kept.steps()))
-        with window.paused():
-            best = None
-            if "evaluate_every" in due:
-                best = _evaluate(run, evaluator, told, kept, step)
-            if "checkpoint_every" in due or best is not None or caught:
-                kept.save(step, {n: np.asarray(v.numpy()) for n, v in run.variables().items()})
-            if best is not None:
-                kept.mark_best(step, best)
+@contextlib.contextmanager
+def _writing(workdir: epath.Path) -> Iterator[None]:
+    """Turns a disk that fills up between two checkpoints into a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{workdir} cannot be written to ({files.reason(error)}): make room, and the same "
+            "command goes on from the last checkpoint"
+        ) from error
 
 
-def _evaluator(run: Run) -> Callable[[str], Predictions]:
-    batch_size = run.experiment.eval_batch_size or run.experiment.batch_size
-    return Evaluator(run.model, run.data, batch_size, run.strategy)
+class _Loop:
+    """Steps, and what is due between them.
 
-
-def _evaluate(
-    run: Run,
-    evaluator: Callable[[str], Predictions],
-    told: telemetry.Telemetry,
-    kept: checkpoints.Checkpoints,
-    step: int,
-) -> float | None:
-    """Evaluates and tells; returns the score if it is the best so far.
-
-    Without a split to select by, the reported one is evaluated to be seen, and chooses nothing.
+    Args:
+        run: to train.
+        kept: where its checkpoints are.
+        told: what it tells.
+        writes: whether this worker writes the checkpoints.
+        caught: signals, as they come.
     """
-    selection = run.experiment.selection_split
-    split, prefix = (selection, "minival") if selection else (run.experiment.eval_split, "val")
-    with run.averaged():
-        result = evaluator(split).summary(run.data.num_classes)
-    told.record(step, {f"{prefix}_{name}": value for name, value in result.items()}, notable=True)
-    best = kept.best()
-    better = selection and (best is None or best[0] > step or result["top1"] > best[1])
-    return result["top1"] if better else None
+
+    def __init__(
+        self,
+        run: Run,
+        kept: checkpoints.Checkpoints,
+        told: telemetry.Telemetry | telemetry.Silence,
+        caught: list[int],
+        writes: bool = True,
+    ):
+        self._run, self._kept, self._told = run, kept, told
+        self._caught, self._writes = caught, writes
+        experiment = run.experiment
+        self._periods = {
+            name: run.clock.period(getattr(experiment, name), f"Experiment.{name}")
+            for name in ("log_every", "evaluate_every", "checkpoint_every")
+        }
+        self._stepper = Stepper(run)
+        batch_size = experiment.eval_batch_size or experiment.batch_size
+        self._evaluator = Evaluator(run.model, run.data, batch_size, run.strategy)
+
+    def go(self, place: _Place) -> bool:
+        """Trains from ``place`` to the end; returns whether a signal stopped it before."""
+        waiting = lambda: bool(self._stepper.waiting.numpy())  # noqa: E731
+        with telemetry.Watch(self._run.experiment.stall_seconds, waiting) as watch:
+            batches, window = self._batches(place), _Window(self._run, place.step)
+            stopped = False
+            while place.step < self._run.clock.total_steps and not stopped:
+                steps = self._step(batches, place)
+                if steps.bad is not None:
+                    place = self._roll_back(place, steps.bad)
+                    batches, window = self._batches(place), _Window(self._run, place.step)
+                    continue
+                place = dataclasses.replace(place, step=place.step + round(steps.sums["steps"]))
+                stopped = self._stops(steps)
+                window.add(steps.sums)
+                watch.moved(place.step)
+                place = self._after(place, window, stopped)
+                watch.moved(place.step)
+        return stopped
+
+    def _batches(self, place: _Place) -> Any:
+        return iter(train_batches(self._run, place.step + place.skipped))
+
+    def _step(self, batches: Any, place: _Place) -> Steps:
+        """Runs steps up to what is due next."""
+        step, total = place.step, self._run.clock.total_steps
+        until_due = min(period - step % period for period in self._periods.values())
+        count = min(until_due, self._run.experiment.steps_per_call, total - step)
+        return self._stepper(batches, step, count, place.skipped, bool(self._caught))
+
+    def _stops(self, steps: Steps) -> bool:
+        """Returns whether to stop: at once if alone, or when all workers know of it."""
+        return steps.stop or (devices.workers(self._run.strategy) == 1 and bool(self._caught))
+
+    def _after(self, place: _Place, window: "_Window", stopped: bool) -> _Place:
+        """Does what is due behind ``place``; returns it with the best score so far."""
+        last = place.step == self._run.clock.total_steps
+        due = {name for name, period in self._periods.items() if last or not place.step % period}
+        if "log_every" in due:
+            self._told.record(place.step, window.close(place.step))
+        with window.paused():
+            score = self._evaluate(place.step) if "evaluate_every" in due else None
+            better = score is not None and (place.best is None or score > place.best)
+            if better:
+                place = dataclasses.replace(place, best=score)
+            if better or stopped or "checkpoint_every" in due:
+                self._save(place, score)
+        return place
+
+    def _save(self, place: _Place, score: float | None) -> None:
+        state = self._run.state()
+        if not checkpoints.is_finite(state):
+            raise RunError(self._not_finite("a weight", place.step))
+        if self._writes:
+            self._kept.save(place.step, state, place.notes(score))
+
+    def _evaluate(self, step: int) -> float | None:
+        """Evaluates raw and averaged weights, and tells; returns the score to select by.
+
+        Without a split to select by, the reported one is evaluated to be seen, and chooses
+        nothing.
+        """
+        selection = self._run.experiment.selection_split
+        split, prefix = selection or self._run.experiment.eval_split, "val"
+        prefix = "minival" if selection else prefix
+        values = {}
+        if self._run.average:
+            values = {f"{prefix}_raw_{n}": v for n, v in self._summary(split).items()}
+            del values[f"{prefix}_raw_images"]
+        with self._run.averaged():
+            result = self._summary(split)
+        values |= {f"{prefix}_{name}": value for name, value in result.items()}
+        self._told.record(step, values, notable=True)
+        return result["top1"] if selection else None
+
+    def _summary(self, split: str) -> dict[str, float | int]:
+        predictions: Predictions = self._evaluator(split)
+        return predictions.summary(self._run.data.num_classes)
+
+    def _roll_back(self, place: _Place, bad: int) -> _Place:
+        """Goes back to the last checkpoint, and past the batch of the step ``bad``.
+
+        Raises:
+            RunError: if there is none, or it has been done as often as the config allows.
+        """
+        found = self._not_finite("the loss or its gradient", bad)
+        allowed = self._run.experiment.max_rollbacks
+        last = self._kept.load_last() if allowed else None
+        if place.rollbacks >= allowed or last is None:
+            raise RunError(found)
+        print(f"{found}; going back, and on behind this batch", file=sys.stderr, flush=True)
+        self._run.restore(last)
+        self._told.forget_after(last.step)
+        return dataclasses.replace(
+            place.after(last),
+            skipped=bad + place.skipped + 1 - last.step,
+            rollbacks=place.rollbacks + 1,
+        )
+
+    def _not_finite(self, what: str, step: int) -> str:
+        rate = float(self._run.schedule(step))
+        saved = self._kept.steps()[-1:]
+        return (
+            f"{what} is not finite (step {step}, learning rate {rate:.4g}); "
+            f"last checkpoint: {saved[0] if saved else 'none'}"
+        )
 
 
 class _Window:
@@ -277,10 +297,10 @@ class _Window:
         self._start, self._began = step, time.monotonic()
         self._sums: dict[str, float] = {}
 
-    def add(self, sums: dict[str, tf.Tensor]) -> None:
-        """Adds what some steps returned."""
+    def add(self, sums: dict[str, float]) -> None:
+        """Adds what some steps came to."""
         for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+            self._sums[name] = self._sums.get(name, 0.0) + value
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -289,99 +309,19 @@ class _Window:
         yield
         self._began += time.monotonic() - paused
 
-    def close(self, step: int, checkpoint_steps: list[int]) -> dict[str, float]:
-        """Returns what to log at ``step``, and begins anew.
-
-        Raises:
-            RunError: if a loss is no longer a finite number.
-        """
+    def close(self, step: int) -> dict[str, float]:
+        """Returns what to log at ``step``, and begins anew."""
         batch_size, clock = self._run.experiment.batch_size, self._run.clock
-        rate = float(self._run.schedule(step))
-        examples = self._sums.pop("examples")
-        means = {f"train_{name}": value / examples for name, value in self._sums.items()}
-        if not all(np.isfinite(value) for value in means.values()):
-            saved = checkpoint_steps[-1] if checkpoint_steps else "none"
-            raise RunError(
-                f"the loss is not finite (step {step}, learning rate {rate:.4g}); "
-                f"last checkpoint: {saved}"
-            )
-        seconds = time.monotonic() - self._began
+        sums, seconds = self._sums, time.monotonic() - self._began
         values = {
             "epoch": step * batch_size / clock.num_examples,
-            **means,
-            "learning_rate": rate,
+            **{f"train_{n}": sums[n] / sums["examples"] for n in ("loss", "top1", "objective")},
+            "learning_rate": float(self._run.schedule(step)),
+            "gradient_norm": sums["gradient_norm"] / sums["steps"],
             "images_per_second": (step - self._start) * batch_size / seconds,
+            "input_share": sums["seconds_waited"] / seconds,
         }
+        if self._run.loss_scale:
+            values["loss_scale"] = float(self._run.loss_scale.read())
         self._open(step)
         return values
-
-
-def train_batches(run: Run, start: int) -> Any:
-    """Returns the distributed training batches from step ``start`` on."""
-    experiment = run.experiment
-
-    def batches(batch_size: int, shard: int, num_shards: int) -> tf.data.Dataset:
-        return run.data.train_batches(
-            experiment.train_split,
-            batch_size=batch_size,
-            seed=experiment.seed,
-            start=start,
-            shard=shard,
-            num_shards=num_shards,
-        )
-
-    return devices.distribute(run.strategy, experiment.batch_size, batches)
-
-
-def make_steps(run: Run) -> Callable[[Any, int, int], dict[str, tf.Tensor]]:
-    """Returns a compiled function that runs k training steps.
-
-    It takes an iterator over the distributed batches, the first step and k, and returns sums over
-    all examples of the steps: "examples", "loss" (unsmoothed cross-entropy), "top1", "objective".
-    """
-
-    @tf.function
-    def run_steps(batches: Any, first: tf.Tensor, count: tf.Tensor) -> dict[str, tf.Tensor]:
-        sums = dict.fromkeys(("examples", "loss", "top1", "objective"), tf.constant(0.0))
-        for offset in tf.range(count):
-            step = first + offset
-            parts = run.strategy.run(_step, args=(run, next(batches), step))
-            if run.average:
-                run.average.update(step + 1)
-            sums = {name: sums[name] + _total(run.strategy, parts[name]) for name in sums}
-        return sums
-
-    return lambda batches, first, count: run_steps(
-        batches, tf.constant(first, tf.int64), tf.constant(count, tf.int64)
-    )
-
-
-def _total(strategy: tf.distribute.Strategy, value: Any) -> tf.Tensor:
-    return strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None)
-
-
-def _step(run: Run, batch: dict[str, tf.Tensor], step: tf.Tensor) -> dict[str, tf.Tensor]:
-    """One training step of one replica; returns sums over its examples."""
-    experiment, model = run.experiment, run.model
-    replicas = run.strategy.num_replicas_in_sync
-    replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-    seed = tf.random.experimental.stateless_fold_in([experiment.seed, _DROPOUT], step)
-    seed = tf.random.experimental.stateless_fold_in(seed, tf.cast(replica, tf.int64))
-    with tf.GradientTape() as tape, seed_scope(seed):
-        logits = tf.cast(model(batch["image"], training=True), tf.float32)
-        errors = cross_entropy(batch["label"], logits, experiment.label_smoothing)
-        # Gradients are summed over the replicas, so each contributes its share of the whole.
-        objective = tf.reduce_sum(errors) / experiment.batch_size
-        if experiment.weight_decay:
-            decay = half_squared_norm(decayed_variables(model))
-            objective += experiment.weight_decay * decay / replicas
-        objective += sum(model.losses) / replicas
-    gradients = tape.gradient(objective, model.trainable_variables)
-    run.optimizer.apply(gradients, model.trainable_variables)
-    hits = tf.equal(tf.argmax(logits, axis=-1), likeliest(batch["label"]))
-    return {
-        "examples": tf.cast(tf.size(errors), tf.float32),
-        "loss": tf.reduce_sum(cross_entropy(batch["label"], logits)),
-        "top1": tf.reduce_sum(tf.cast(hits, tf.float32)),
-        "objective": objective * experiment.batch_size,
-    }
