@@ -20,12 +20,12 @@ SHORT = [
 ]
 
 
-def call(*arguments: str) -> subprocess.CompletedProcess:
+def call(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=environment,
+        env=environment | variables,
         capture_output=True,
         text=True,
         timeout=300,
@@ -73,6 +73,23 @@ def test_a_batch_that_replicas_cannot_share_is_a_wrong_call(tmp_path):
     assert_refused(done, 2, "batch_size=63 cannot be divided among 2 replicas")
 
 
+@pytest.mark.slow
+def test_another_backend_is_a_wrong_call(tmp_path):
+    pytest.importorskip("jax")
+    done = call("train.py", CONDCONV, f"--workdir={tmp_path}/run", KERAS_BACKEND="jax")
+    assert_refused(done, 2, "experiments run on Keras' TensorFlow backend, not on jax")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_commands_of_the_models_alone_run_on_any_backend_that_is_there():
+    pytest.importorskip("jax")
+    flags = ["scripts/cost.py", "--model=mobilenet_v1", "--width=0.25"]
+    done = call(*flags, KERAS_BACKEND="jax")
+    assert (done.returncode, done.stdout) == (0, call(*flags).stdout)
+    assert_refused(call(*flags, KERAS_BACKEND="foo"), 2, "KERAS_BACKEND=foo cannot be used")
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("cli") / "run"
@@ -107,6 +124,13 @@ def test_another_experiment_in_the_same_workdir_is_refused(workdir):
         "--gin_param=shift_and_rotate.max_shift=0.2",
     )
     assert_refused(done, 2, "shift_and_rotate.max_shift: 0.1 there, 0.2 here")
+
+
+@pytest.mark.slow
+def test_an_output_that_cannot_be_written_is_a_wrong_call(workdir):
+    call("eval.py", f"--workdir={workdir}")
+    done = call("scripts/compare.py", str(workdir), f"--output={workdir}")
+    assert_refused(done, 2, "is a folder: name a file")
 
 
 @pytest.mark.slow

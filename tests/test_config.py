@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 
 import gin
+import keras
 import pytest
 import tensorflow as tf
 from etils import epath
@@ -276,6 +277,11 @@ def test_a_config_that_may_not_be_read_is_one_line(error, tmp_path, monkeypatch)
         message = message_of(load)
         assert f"{tmp_path}/config.gin" in message
         assert "Permission denied" in message
+
+
+def test_another_backend_than_tensorflow_is_refused(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    assert "TensorFlow backend, not on jax" in message_of(lambda: config.load([DIGITS]))
 
 
 def test_what_is_no_path_is_named():

@@ -36,8 +36,7 @@ def run(main: Callable[[list[str]], int | None], arguments: str = "") -> None:
         if rest and not arguments:
             raise UsageError(f"takes flags only, not {rest[0]!r}; see --help")
         keep_freed_memory()
-        with quiet_tensorflow():
-            import tensorflow  # noqa: F401
+        _import_backend()
         sys.exit(main(rest) or 0)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -48,8 +47,27 @@ def run(main: Callable[[list[str]], int | None], arguments: str = "") -> None:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+    message = " ".join(str(error).split())  # one line, whatever a name or a library put into it
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     return code
+
+
+def _import_backend() -> None:
+    """Imports what every command needs, in silence.
+
+    Raises:
+        UsageError: if Keras cannot have the backend that the environment names.
+    """
+    try:
+        with quiet_tensorflow():
+            import keras  # noqa: F401
+            import tensorflow  # noqa: F401
+    except (ImportError, ValueError) as error:
+        if not (name := os.environ.get("KERAS_BACKEND")):
+            raise
+        raise UsageError(
+            f"KERAS_BACKEND={name} cannot be used ({error}): leave it out, or set it to tensorflow"
+        ) from error
 
 
 def keep_freed_memory() -> None:

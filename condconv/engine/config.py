@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gin
+import keras
 import typeguard
 from etils import epath
 
@@ -52,8 +53,14 @@ def load(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Experiment:
     """Parses config files and single bindings, later ones winning, into an experiment.
 
     Raises:
-        UsageError: if a file is missing, or anything in it is unknown, unused or of a wrong type.
+        UsageError: if a file is missing, or anything in it is unknown, unused or of a wrong type;
+            if Keras has another backend than the one that experiments run on.
     """
+    if (backend := keras.backend.backend()) != "tensorflow":
+        raise UsageError(
+            f"experiments run on Keras' TensorFlow backend, not on {backend}: leave KERAS_BACKEND "
+            "out, or set it to tensorflow"
+        )
     parse(gin_files, bindings)
     try:
         return gin.get_configurable(Experiment)()
