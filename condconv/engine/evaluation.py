@@ -63,7 +63,8 @@ class Evaluator:
 
         @tf.function
         def step(batch: dict[str, tf.Tensor]) -> Any:
-            return strategy.run(_judge, args=(model, batch, allowed))
+            columns = strategy.run(_judge, args=(model, batch, allowed))
+            return [strategy.gather(column, axis=0) for column in columns]
 
         self._step = step
 
@@ -80,7 +81,7 @@ class Evaluator:
                 split, batch_size=size, shard=shard, num_shards=shards
             ),
         )
-        parts = [self._gathered(self._step(batch)) for batch in batches]
+        parts = [[column.numpy() for column in self._step(batch)] for batch in batches]
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
         index, *values = (column[columns[0] >= 0] for column in columns)
         expected = self._data.num_examples(split)
@@ -89,12 +90,8 @@ class Evaluator:
                 f"evaluation of {split!r} saw {len(index)} examples, {len(np.unique(index))} of "
                 f"them different, instead of each of {expected} once"
             )
-        order = np.argsort(index)
-        return Predictions(*(value[order] for value in values))
-
-    def _gathered(self, outputs: Any) -> list[np.ndarray]:
-        """Returns the columns of one step, those of all replicas behind each other."""
-        return [self._strategy.gather(column, axis=0).numpy() for column in outputs]
+        answer, rank, loss, scored = (value[np.argsort(index)] for value in values)
+        return Predictions(answer, rank, loss, scored.astype(bool))
 
 
 def _judge(
@@ -124,7 +121,7 @@ def _judge(
         tf.where(readable, tf.argmax(logits, axis=-1), -1),
         tf.where(readable, rank, len(allowed)),
         tf.where(readable, loss, math.log(np.sum(allowed))),
-        tf.reduce_any(right, axis=-1),
+        tf.cast(tf.reduce_any(right, axis=-1), tf.int32),  # workers exchange numbers only
     )
 
 

@@ -267,7 +267,7 @@ def _agree_on_statistics(run: Run, context: tf.distribute.ReplicaContext) -> Non
         if isinstance(layer, keras.layers.BatchNormalization)
         for variable in (layer.moving_mean, layer.moving_variance)
     ]
-    values = [tf.convert_to_tensor(variable.value) for variable in statistics]
+    values = [tf.identity(variable.value) for variable in statistics]
     means = context.all_reduce(tf.distribute.ReduceOp.MEAN, values)
     for variable, mean in zip(statistics, means, strict=True):
         variable.assign(mean)
