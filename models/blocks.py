@@ -14,7 +14,7 @@ import keras
 
 from condconv import CondConv2D, CondDense, DepthwiseCondConv2D, Routing
 from condconv.normalization import BatchNormalization
-from condconv.stochastic import StochasticDepth
+from condconv.stochastic import Dropout, StochasticDepth
 
 Tensor = Any
 
@@ -56,6 +56,8 @@ class Style:
         padding: "same", TensorFlow's (the odd zero goes behind); "symmetric", PyTorch's, in every
             convolution and pooling; "fixed", symmetric in strided convolutions alone, as the
             official ResNet has it.
+        expert_dropout: probability with which an example's routing weight of an expert is set to
+            zero in training; those left are scaled up. A block's convolutions share the draw.
     """
 
     activation: str = "relu"
@@ -63,6 +65,7 @@ class Style:
     batch_norm_momentum: float = 0.99
     batch_norm_epsilon: float = 1e-3
     padding: str = "same"
+    expert_dropout: float = 0.0
 
     def __post_init__(self):
         if self.padding not in PADDINGS:
@@ -75,6 +78,11 @@ class Style:
         if self.batch_norm_epsilon <= 0:
             raise ValueError(
                 f"batch_norm_epsilon takes a positive number, not {self.batch_norm_epsilon}"
+            )
+        if not 0 <= self.expert_dropout < 1:
+            raise ValueError(
+                "expert_dropout takes a probability of at least 0 and below 1, "
+                f"not {self.expert_dropout}"
             )
 
 
@@ -92,7 +100,13 @@ class Convs:
         self.style = style
         self.name = name
         self._num_experts = num_experts
-        self._routing = Routing(num_experts, name=f"{name}_routing")(x) if num_experts else None
+        self._routing = self._route(x) if num_experts else None
+
+    def _route(self, x: Tensor) -> Tensor:
+        routing = Routing(self._num_experts, name=f"{self.name}_routing")(x)
+        if not self.style.expert_dropout:
+            return routing
+        return Dropout(self.style.expert_dropout, name=f"{self.name}_expert_dropout")(routing)
 
     def conv(
         self,

@@ -11,7 +11,7 @@ import math
 import keras
 
 from models.blocks import Stage, Style, inverted_bottleneck
-from models.network import Network, Normalization, round_filters
+from models.network import Network, Normalization, round_filters, scale
 
 _MBConv = functools.partial(Stage, block=inverted_bottleneck, se_ratio=0.25)
 
@@ -59,8 +59,8 @@ def efficientnet_b0(
     stages = tuple(
         dataclasses.replace(
             stage,
-            filters=round_filters(stage.filters * width),
-            repeats=math.ceil(stage.repeats * depth),
+            filters=round_filters(stage.filters, width),
+            repeats=math.ceil(scale(stage.repeats, depth, "depth")),
         )
         for stage in STAGES
     )
@@ -80,8 +80,8 @@ def efficientnet_b0(
             batch_norm_epsilon=batch_norm_epsilon,
             padding=padding,
         ),
-        stem_filters=round_filters(32 * width),
-        head_filters=round_filters(1280 * width),
+        stem_filters=round_filters(32, width),
+        head_filters=round_filters(1280, width),
         classifier_initializer=keras.initializers.VarianceScaling(1 / 3, "fan_out", "uniform"),
         num_classes=num_classes,
         num_experts=num_experts,

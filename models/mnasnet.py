@@ -49,7 +49,7 @@ def mnasnet_a1(
     return Network(
         name="mnasnet_a1",
         stages=tuple(
-            dataclasses.replace(stage, filters=round_filters(stage.filters * width))
+            dataclasses.replace(stage, filters=round_filters(stage.filters, width))
             for stage in STAGES
         ),
         style=Style(
@@ -61,7 +61,7 @@ def mnasnet_a1(
             batch_norm_epsilon=batch_norm_epsilon,
             padding=padding,
         ),
-        stem_filters=round_filters(32 * width),
+        stem_filters=round_filters(32, width),
         head_filters=1280,
         classifier_initializer=keras.initializers.VarianceScaling(1 / 3, "fan_out", "uniform"),
         num_classes=num_classes,

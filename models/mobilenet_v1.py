@@ -6,7 +6,7 @@ import functools
 import keras
 
 from models.blocks import Stage, Style, separable
-from models.network import Network, Normalization
+from models.network import Network, Normalization, scale
 
 _Separable = functools.partial(Stage, block=separable)
 
@@ -45,7 +45,7 @@ def mobilenet_v1(
     """
 
     def scaled(filters: int) -> int:
-        return max(int(filters * width), 8)
+        return max(int(scale(filters, width)), 8)
 
     initializer = keras.initializers.TruncatedNormal(stddev=0.09)
     return Network(

@@ -52,7 +52,7 @@ def mobilenet_v2(
     return Network(
         name="mobilenet_v2",
         stages=tuple(
-            dataclasses.replace(stage, filters=round_filters(stage.filters * width))
+            dataclasses.replace(stage, filters=round_filters(stage.filters, width))
             for stage in STAGES
         ),
         style=Style(
@@ -62,8 +62,8 @@ def mobilenet_v2(
             batch_norm_epsilon=batch_norm_epsilon,
             padding=padding,
         ),
-        stem_filters=round_filters(32 * width),
-        head_filters=round_filters(1280 * max(width, 1.0)),
+        stem_filters=round_filters(32, width),
+        head_filters=round_filters(1280, max(width, 1.0)),
         classifier_initializer=initializer,
         num_classes=num_classes,
         num_experts=num_experts,

@@ -1,6 +1,7 @@
 """From a table of stages to a Keras model that maps pixels to logits."""
 
 import dataclasses
+import math
 from typing import Any
 
 import keras
@@ -22,10 +23,25 @@ NORMALIZATIONS = {
 Normalization = str | tuple[tuple[float, ...], tuple[float, ...]]
 
 
-def round_filters(filters: float, smallest: int = 8) -> int:
-    """Rounds to a multiple of eight, and never down by more than a tenth (official rule)."""
-    rounded = max(smallest, 8 * (int(filters + 4) // 8))
-    return rounded + 8 if rounded < 0.9 * filters else rounded
+def scale(number: int, multiplier: float, name: str = "width") -> float:
+    """Returns ``number`` times a network's width or depth.
+
+    Raises:
+        ValueError: if the multiplier is not above 0; ``name`` says which it was.
+    """
+    if not 0 < multiplier < math.inf:
+        raise ValueError(f"{name} takes a number above 0, not {multiplier}")
+    return number * multiplier
+
+
+def round_filters(filters: int, width: float = 1.0) -> int:
+    """Returns ``filters`` times ``width``, as a multiple of eight (official rule).
+
+    It is never rounded down by more than a tenth. Raises as ``scale`` does.
+    """
+    scaled = scale(filters, width)
+    rounded = max(8, 8 * (int(scaled + 4) // 8))
+    return rounded + 8 if rounded < 0.9 * scaled else rounded
 
 
 def unroll(stages: tuple[Stage, ...]) -> list[Stage]:

@@ -35,6 +35,7 @@ def resnet50(
     batch_norm_epsilon: float = 1e-5,
     normalization: Normalization = "imagenet",
     padding: str = "fixed",
+    expert_dropout: float = 0.0,
 ) -> keras.Model:
     """ResNet-50: 4,093 M multiply-adds, 77.7 % top-1 (paper); 8 experts: 4,213 M, 78.6 %.
 
@@ -43,12 +44,14 @@ def resnet50(
             condconv_classifier, normalization: see ``models.network.Network``. By default the
             last three blocks are conditional, the projection shortcut among their layers.
         width: multiplier of the filters.
-        batch_norm_momentum, batch_norm_epsilon, padding: see ``models.blocks.Style``.
+        batch_norm_momentum, batch_norm_epsilon, padding, expert_dropout: see
+            ``models.blocks.Style``. The paper drops experts in this network alone, at a rate that
+            it does not give.
     """
     return Network(
         name="resnet50",
         stages=tuple(
-            dataclasses.replace(stage, filters=round_filters(stage.filters * width))
+            dataclasses.replace(stage, filters=round_filters(stage.filters, width))
             for stage in STAGES
         ),
         style=Style(
@@ -59,8 +62,9 @@ def resnet50(
             batch_norm_momentum=batch_norm_momentum,
             batch_norm_epsilon=batch_norm_epsilon,
             padding=padding,
+            expert_dropout=expert_dropout,
         ),
-        stem_filters=round_filters(64 * width),
+        stem_filters=round_filters(64, width),
         stem_kernel_size=7,
         stem_pool=True,
         classifier_initializer=keras.initializers.RandomNormal(stddev=0.01),
