@@ -28,7 +28,7 @@ from typing import Any
 import keras
 
 from condconv.layers import Logits
-from condconv.work import Shape, Work, counter
+from condconv.work import Shape, Work, counter, extras
 
 # Static, mixing and routing work, in halves of a multiply-add.
 _RULES: dict[str, Callable[[Work], tuple[int, int, int]]] = {
@@ -112,7 +112,8 @@ def count_cost(model: keras.Model, rule: str | None = None, image_size: int | No
         image_size: height and width; needed where the model leaves them open.
 
     Raises:
-        ValueError: for an unknown rule, a model that is not built, or an unknown image size.
+        ValueError: for an unknown rule, a model that is not built, or an unknown or impossible
+            image size.
 
     Warns:
         UserWarning: if the model holds anything that cannot be counted (see ``uncounted``).
@@ -120,6 +121,8 @@ def count_cost(model: keras.Model, rule: str | None = None, image_size: int | No
     rule = rule or _carried_rule(model)
     if rule not in _RULES:
         raise ValueError(f"rule takes one of {', '.join(_RULES)}, not {rule!r}")
+    if image_size is not None and (type(image_size) is not int or image_size < 1):
+        raise ValueError(f"image_size takes an integer of at least 1, not {image_size!r}")
     with _watched(model) as calls:
         keras.Operation.compute_output_spec(model, *_inputs(model, image_size))
     work: dict[str, Work] = {}
@@ -131,6 +134,9 @@ def count_cost(model: keras.Model, rule: str | None = None, image_size: int | No
             if not _is_graph(operation):
                 uncounted[_describe(name, operation)] = None
             continue
+        uncounted |= {
+            f"{extra} of {_describe(name, operation)}": None for extra in extras(operation)
+        }
         operations[name] = operation
         work[name] = work.get(name, Work()) + count(operation, inputs, output)
     if uncounted:
@@ -169,12 +175,18 @@ def _inputs(model: keras.Model, image_size: int | None) -> list[Any]:
 def _one_image(model: keras.Model, shape: tuple[int | None, ...], image_size: int | None) -> Shape:
     shape = (1, *shape[1:])
     if image_size is not None and len(shape) == 4:
-        first = keras.config.image_data_format() == "channels_first"
         sizes = (image_size, image_size)
-        shape = (1, shape[1], *sizes) if first else (1, *sizes, shape[3])
+        shape = (1, shape[1], *sizes) if _channels_first(shape) else (1, *sizes, shape[3])
     if None in shape:
         raise ValueError(f"{model.name} takes inputs of open size {shape}: pass image_size")
     return shape
+
+
+def _channels_first(shape: tuple[int | None, ...]) -> bool:
+    """Whether images have their channels in front: their open sizes tell, else Keras' setting."""
+    if (shape[1] is None) != (shape[3] is None):
+        return shape[3] is None
+    return keras.config.image_data_format() == "channels_first"
 
 
 @contextlib.contextmanager
@@ -183,8 +195,8 @@ def _watched(model: keras.Model) -> Iterator[list[tuple[str, Any, list[Shape], S
     calls: list[tuple[str, Any, list[Shape], Shape]] = []
     operations = _tree(model)
 
-    def watch(name: str, operation: Any) -> None:
-        call = operation.call
+    def watch(name: str, operation: Any, method: str) -> None:
+        call = getattr(operation, method)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             outputs = call(*args, **kwargs)
@@ -193,15 +205,21 @@ def _watched(model: keras.Model) -> Iterator[list[tuple[str, Any, list[Shape], S
 
         # Keras reads the signature to see which arguments it may pass.
         watched.__signature__ = inspect.signature(call)
-        vars(operation)["call"] = watched
+        vars(operation)[method] = watched
 
     for name, operation in operations.items():
-        watch(name, operation)
+        watch(name, operation, _entry(operation))
     try:
         yield calls
     finally:
         for operation in operations.values():
-            del vars(operation)["call"]
+            del vars(operation)[_entry(operation)]
+
+
+def _entry(operation: Any) -> str:
+    """Returns the name of the method by which Keras calls an operation."""
+    quantized = getattr(operation, "quantization_mode", None) is not None
+    return "quantized_call" if quantized else "call"
 
 
 def _tree(model: keras.Model) -> dict[str, Any]:
@@ -224,14 +242,22 @@ def _tree(model: keras.Model) -> dict[str, Any]:
 
 
 def _children(operation: Any) -> list[Any]:
-    if _is_graph(operation):
-        return list(operation.operations if hasattr(operation, "operations") else operation.layers)
+    if hasattr(operation, "operations"):
+        return list(operation.operations)
+    if isinstance(operation, keras.Sequential):
+        return list(operation.layers)
     return list(getattr(operation, "_layers", []))
 
 
 def _is_graph(operation: Any) -> bool:
-    """Whether a model does nothing but call its parts."""
-    return isinstance(operation, keras.Sequential) or hasattr(operation, "operations")
+    """Whether a model does nothing but call its parts: a Functional or Sequential as Keras has it.
+
+    A subclass may add arithmetic of its own in ``call``.
+    """
+    keras_own = type(operation).call.__module__.partition(".")[0] == "keras"
+    return keras_own and (
+        isinstance(operation, keras.Sequential) or hasattr(operation, "operations")
+    )
 
 
 def _shapes(tensors: Any) -> list[Shape]:

@@ -173,7 +173,9 @@ _LAYERS: dict[type, Callable[[Any, list[Shape], Shape], Work]] = {
             layers.Rescaling,
             layers.Reshape,
             layers.Softmax,
+            layers.SpatialDropout1D,
             layers.SpatialDropout2D,
+            layers.SpatialDropout3D,
             layers.UpSampling2D,
             layers.ZeroPadding1D,
             layers.ZeroPadding2D,
@@ -207,12 +209,30 @@ _OPERATIONS: dict[str, Callable[[Any, list[Shape], Shape], Work]] = {
 }
 
 
+# The methods that say what a layer computes: where a subclass has its own, nothing is known of it.
+_COMPUTING = ("call", "convolution_op", "apply_experts")
+
+
 def counter(operation: Any) -> Callable[[Any, list[Shape], Shape], Work] | None:
     """Returns the function that counts calls of ``operation``; None where nothing is known of it.
 
     It takes the operation, the shapes of its inputs and that of its output, without the batch.
     """
+    own = type(operation)
     if not isinstance(operation, keras.Layer):
-        return _OPERATIONS.get(type(operation).__name__)
-    kinds = type(operation).__mro__
-    return next((_LAYERS[kind] for kind in kinds if kind in _LAYERS), None)
+        return _OPERATIONS.get(own.__name__)
+    kind = next((kind for kind in own.__mro__ if kind in _LAYERS), None)
+    if kind is None or any(getattr(own, m, None) is not getattr(kind, m, None) for m in _COMPUTING):
+        return None
+    return _LAYERS[kind]
+
+
+def extras(operation: Any) -> list[str]:
+    """Names what ``operation`` does besides that which its kind does and ``counter`` counts.
+
+    A quantised layer does as many multiply-adds, of integers; then there are the scales. LoRA adds
+    the product of its two factors to the kernel.
+    """
+    quantized = getattr(operation, "quantization_mode", None) is not None
+    lora = getattr(operation, "lora_enabled", False)
+    return ["quantisation"] * quantized + ["LoRA"] * lora

@@ -13,7 +13,9 @@ _MODEL = flags.DEFINE_string("model", None, "Network to build; see scripts/list_
 _SOURCE = flags.DEFINE_string("source", None, "Saved .keras file to count instead.")
 _NUM_EXPERTS = flags.DEFINE_integer("num_experts", 0, "Experts a layer; 0 is the static network.")
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", 1000, "Classes.")
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Height and width; 224 for a network.")
+_IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", None, "Height and width; 224 for a network.", lower_bound=1
+)
 _WIDTH = flags.DEFINE_float("width", 1.0, "Multiplier of the filters.")
 _FIRST_BLOCK = flags.DEFINE_integer("first_condconv_block", None, "First conditional block.")
 _RULE = flags.DEFINE_enum("rule", None, ["R", "M"], "Accounting; the network's own by default.")
@@ -52,7 +54,11 @@ def _model() -> object:
     if (_MODEL.value is None) == (_SOURCE.value is None):
         raise UsageError("needs one of --model=NAME and --source=FILE; see --help")
     if _SOURCE.value:
-        return keras.models.load_model(_SOURCE.value)
+        try:
+            return keras.models.load_model(_SOURCE.value)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            said = str(error).split("Exception encountered: ")[-1].split("\n")[0]
+            raise UsageError(f"--source={_SOURCE.value} cannot be loaded: {said}") from error
     arguments = {
         "num_experts": _NUM_EXPERTS.value,
         "num_classes": _NUM_CLASSES.value,

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 
@@ -166,7 +167,19 @@ def test_costs_are_printed_by_layer():
     assert counted["multiply_adds"] == sum(counted[k] for k in ("static", "mixing", "routing"))
     assert sum(row["parameters"] for row in counted["rows"]) == counted["parameters"]
     assert_refused(call("scripts/cost.py", "--model=mobilnet_v1"), 2, "did you mean 'mobilenet_v1'")
+    done = call("scripts/cost.py", "--model=mobilenet_v1", "--image_size=0")  # absl's, so at once
+    assert_refused(done, 2, "--image_size=0: 0 is not a positive integer")
     assert_refused(call("scripts/cost.py"), 2, "needs one of --model=NAME and --source=FILE")
+
+
+@pytest.mark.slow
+def test_a_file_that_holds_no_model_is_a_wrong_call(tmp_path):
+    (tmp_path / "a.keras").write_text("garbage")
+    with zipfile.ZipFile(tmp_path / "b.keras", "w") as file:
+        file.writestr("metadata.json", "{}")
+    for path in (tmp_path / "a.keras", tmp_path / "b.keras", tmp_path / "none.keras"):
+        done = call("scripts/cost.py", f"--source={path}")
+        assert_refused(done, 2, f"--source={path} cannot be loaded: ")
 
 
 @pytest.mark.slow

@@ -155,6 +155,99 @@ def test_an_unknown_layer_is_never_silently_free():
     assert any("EinsumDense" in entry for entry in cost.uncounted)
 
 
+class Twice(layers.Conv2D):
+    def call(self, inputs):
+        return super().call(super().call(inputs))
+
+
+class Standardised(layers.Conv2D):
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, kernel - ops.mean(kernel, axis=(0, 1, 2)))
+
+
+class Attentive(CondConv2D):
+    def apply_experts(self, x, routing_weights, training):
+        return super().apply_experts(x, ops.softmax(routing_weights), training)
+
+
+class Renamed(layers.Conv2D):
+    """Changes nothing of what a convolution does."""
+
+
+@pytest.mark.parametrize(
+    "layer", [Twice(3, 3, padding="same"), Standardised(3, 3), Attentive(3, 3, 2)], ids=repr
+)
+def test_a_subclass_that_computes_its_own_way_is_not_counted_by_its_parents(layer):
+    with pytest.warns(UserWarning, match=type(layer).__name__):
+        cost = count_cost(functional(layer))
+    assert f"{layer.name} ({type(layer).__name__})" in cost.uncounted[0]
+    assert layer.name not in [row.layer for row in cost.rows]
+
+
+def test_a_subclass_that_computes_as_its_parent_is_counted():
+    assert count_cost(functional(Renamed(5, 3))).macs == 36 * 27 * 5
+
+
+class Doubled(keras.Model):
+    def call(self, inputs):
+        return super().call(inputs) * 2
+
+
+class DoubledSequential(keras.Sequential):
+    def call(self, inputs):
+        return super().call(inputs) * 2
+
+
+def test_arithmetic_in_a_subclassed_graph_is_named():
+    inputs = keras.Input((6,))
+    models = (
+        Doubled(inputs, layers.Dense(2, use_bias=False)(inputs)),
+        DoubledSequential([inputs, layers.Dense(2, use_bias=False)]),
+    )
+    for model in models:
+        with pytest.warns(UserWarning, match="arithmetic in the call of Doubled"):
+            cost = count_cost(model)
+        assert cost.macs == 12
+        assert len(cost.uncounted) == 1
+
+
+@pytest.mark.parametrize("mode", ["int8", "float8"])
+def test_a_quantised_layer_does_as_many_multiply_adds_and_its_scales_are_named(mode):
+    model = functional(layers.Dense(7), layers.Dense(2), shape=(6,))
+    plain, dense = count_cost(model), model.layers[1]
+    dense.quantize(mode)
+    with pytest.warns(UserWarning, match="quantisation"):
+        cost = count_cost(model)
+    assert (cost.macs, cost.multiply_adds) == (plain.macs, plain.multiply_adds)
+    assert cost.uncounted == (f"quantisation of {dense.name} (Dense)",)
+    assert cost.parameters == sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+    assert not {"call", "quantized_call"} & set(vars(dense))
+
+
+def test_lora_is_named_and_its_factors_are_parameters():
+    model = functional(layers.Dense(7, use_bias=False), shape=(6,))
+    model.layers[1].enable_lora(2)
+    with pytest.warns(UserWarning, match="LoRA"):
+        cost = count_cost(model)
+    assert (cost.macs, cost.parameters) == (6 * 7, 6 * 2 + 2 * 7)
+    assert cost.uncounted == (f"LoRA of {model.layers[1].name} (Dense)",)
+
+
+def test_open_sizes_tell_where_the_channels_are():
+    conv = layers.Conv2D(5, 3, data_format="channels_first", use_bias=False)
+    model = functional(conv, shape=(3, None, None))
+    assert count_cost(model, image_size=8).macs == 36 * 27 * 5
+    with pytest.raises(ValueError, match="pass image_size"):
+        count_cost(model)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, "8"])
+def test_an_impossible_image_size_is_refused(size):
+    model = functional(layers.Flatten())
+    with pytest.raises(ValueError, match="image_size takes an integer of at least 1, not"):
+        count_cost(model, image_size=size)
+
+
 def test_an_open_image_size_has_to_be_given():
     model = create_model("mobilenet_v1", width=0.25, image_size=None)
     with pytest.raises(ValueError, match="pass image_size"):
