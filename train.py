@@ -9,20 +9,27 @@ from condconv.engine import command
 
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Config to read; later ones win.")
 _GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Binding, such as 'Experiment.seed = 1'.")
+_TPU = flags.DEFINE_string("tpu", None, "'local', grpc://ADDRESS or the name of a TPU.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Try everything in little, without data or workdir.")
+_DRY_RUN_BATCH = flags.DEFINE_integer(
+    "dry_run_batch", 8, "Images on a replica in a dry run.", lower_bound=1
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://…")
 
 
 def main(_: list[str]) -> int:
     """Trains, or goes on where the workdir left off."""
-    from etils import epath
-
-    from condconv.engine import config, training
+    from condconv.engine import config, dry_run, files, tables, training
     from condconv.engine.errors import UsageError
 
-    if not _GIN_FILE.value or not _WORKDIR.value:
-        raise UsageError("needs --gin_file=FILE and --workdir=FOLDER; see --help")
+    if not _GIN_FILE.value or not (_WORKDIR.value or _DRY_RUN.value):
+        raise UsageError("needs --gin_file=FILE and --workdir=FOLDER (or --dry_run); see --help")
     experiment = config.load(_GIN_FILE.value, _GIN_PARAM.value)
-    return training.train(experiment, epath.Path(_WORKDIR.value))
+    if _DRY_RUN.value:
+        facts = dry_run.dry_run(experiment, _DRY_RUN_BATCH.value, _TPU.value)
+        tables.show([{"what": name, "is": value} for name, value in facts.items()], False)
+        return 0
+    return training.train(experiment, files.path(_WORKDIR.value), _TPU.value)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def build(
         UsageError: if the config asks for what cannot be.
     """
     strategy = strategy or devices.strategy(experiment.devices)
-    _check_batches_divide(experiment, strategy.num_replicas_in_sync)
+    check_batches_divide(experiment, strategy.num_replicas_in_sync)
     splits = (experiment.train_split, experiment.selection_split, experiment.eval_split)
     data = build_data(experiment, *filter(None, splits), stand_in=stand_in)
     clock = experiment.clock(data.num_examples(experiment.train_split))
@@ -130,7 +130,8 @@ def build(
     return run
 
 
-def _check_batches_divide(experiment: Experiment, replicas: int) -> None:
+def check_batches_divide(experiment: Experiment, replicas: int) -> None:
+    """Raises a UsageError if a batch cannot be divided among replicas and accumulated parts."""
     parts = {"batch_size": replicas * experiment.accumulation_steps, "eval_batch_size": replicas}
     for name, count in parts.items():
         size = getattr(experiment, name)
