@@ -1,4 +1,4 @@
-"""Everything a run does, in little and without its data: to be tried before days are spent on it."""
+"""All that a run does, in little and without its data: to try before days are spent on it."""
 
 import dataclasses
 import tempfile
