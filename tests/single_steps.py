@@ -1,0 +1,49 @@
+"""Takes one step from each of some states, on the devices it is told, and keeps what comes out.
+
+python single_steps.py record|replay FOLDER DEVICES OUTPUT
+"""
+
+import os
+import pathlib
+import sys
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import numpy as np
+
+from condconv.engine import checkpoints, config, devices, run, step
+
+STATES = 20
+BINDINGS = (
+    "Experiment.precision = 'float64'",
+    "Experiment.synchronized_batch_norm = True",
+    "Experiment.batch_size = 16",
+    "mobilenet_v1.dropout = 0.0",
+    "mobilenet_v1.num_experts = 2",
+    "mobilenet_v1.width = 0.1",
+    "cosine.warmup = '0 steps'",
+)
+
+
+def main(mode: str, folder: str, device: str, output: str) -> None:
+    bindings = (*BINDINGS, f"Experiment.devices = '{device}'")
+    experiment = config.load(["configs/digits_condconv.gin"], bindings)
+    built = run.build(experiment)
+    stepper = step.Stepper(built)
+    for number in range(STATES):
+        path = pathlib.Path(folder) / f"{number}.npz"
+        if mode == "record":
+            np.savez(path, **built.state())
+        else:
+            with np.load(path) as stored:
+                state = dict(stored)
+            built.restore(checkpoints.Checkpoint(number, state, checkpoints.Notes()))
+        batches = iter(step.train_batches(built, number))
+        taken = stepper(batches, number, 1)
+        if devices.is_chief(built.strategy):
+            loss = np.float64(taken.sums["loss"])
+            np.savez(pathlib.Path(output) / f"{number}.npz", **built.state(), loss=loss)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

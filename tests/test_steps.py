@@ -1,0 +1,200 @@
+"""Training steps: those of the authors' graph, of naive arithmetic, and of any number of devices."""
+
+import itertools
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from condconv import ops
+from condconv.engine import config, optimization, run, step
+from condconv.engine.experiment import Experiment
+from models import create_model
+from models.released import assign, tf1_names
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "train_mini.npz"
+SCOPE = "efficientnet-b0"
+
+
+class Given:
+    """Data that gives the batches it is given, and again."""
+
+    name, num_classes, answers = "given", 10, None
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self._batches = tf.data.Dataset.from_tensor_slices({"image": images, "label": labels})
+        self._count = labels.size
+
+    def num_examples(self, split: str) -> int:
+        return self._count
+
+    def train_batches(self, split: str, *, start: int, **arguments) -> tf.data.Dataset:
+        return self._batches.repeat().skip(start)
+
+    def eval_batches(self, split: str, *, batch_size: int, **arguments) -> tf.data.Dataset:
+        return self._batches.unbatch().batch(batch_size)
+
+
+def mini(images: np.ndarray, labels: np.ndarray, num_experts: int = 0) -> Experiment:
+    config._forget()
+    identity = ((0.0,) * 3, (1.0,) * 3)
+    return Experiment(
+        model=lambda num_classes: create_model(
+            "efficientnet_b0",
+            num_classes=num_classes,
+            num_experts=num_experts,
+            width=0.5,
+            image_size=64,
+            dropout=0.0,
+            survival=1.0,
+            normalization=identity,
+        ),
+        data=lambda: Given(images, labels),
+        optimizer=optimization.rmsprop,
+        schedule=lambda clock: optimization.exponential(clock, 0.128 * 256 / 6, "4 steps"),
+        duration="16 steps",
+        batch_size=6,
+        label_smoothing=0.1,
+        weight_decay=1e-5,
+        ema_decay=0.9999,
+    )
+
+
+def two_steps(built: run.Run) -> list[float]:
+    stepper, batches = step.Stepper(built), iter(step.train_batches(built, 0))
+    return [stepper(batches, number, 1).sums["objective"] / 6 for number in range(2)]
+
+
+def far(got: np.ndarray, wanted: np.ndarray, before: np.ndarray) -> float:
+    """How far apart, over what is allowed: a thousandth of the change."""
+    allowed = 1e-3 * np.linalg.norm(wanted - before) + 1e-6 * np.sqrt(before.size)
+    return float(np.linalg.norm(got - wanted) / allowed)
+
+
+@pytest.mark.slow
+def test_two_steps_are_those_of_the_authors_graph():
+    golden = np.load(GOLDEN)
+    before = {k.removeprefix("init/"): golden[k] for k in golden.files if k.startswith("init/")}
+    built = run.build(mini(golden["X"], golden["Y"]))
+    names = tf1_names(built.model, SCOPE)
+    assign(built.model, before, names)
+    for average, variable in zip(built.average.averages, built.average.variables, strict=True):
+        average.assign(variable.value)
+    np.testing.assert_allclose(two_steps(built), golden["loss"], rtol=1e-4)
+    state = built.state()
+    worst = {}
+    for path, name in names.items():
+        start = before[name]
+        if f"after/{name}" in golden.files:
+            after, average = golden[f"after/{name}"], golden[f"ema/{name}"]
+        else:  # larger ones are kept as scaled changes; the average moves by 1 − (1 + 2)/(10 + 2)
+            change = golden[f"change/{name}"].astype(np.float32) * golden[f"scale/{name}"]
+            after, average = start + change, start + 0.75 * change
+        for kind, wanted in (("model", after), ("average", average)):
+            got = state[f"{kind}/{path}"].reshape(start.shape)
+            worst[kind, name] = far(got, wanted, start)
+    assert len(worst) == 2 * len(names)
+    assert max(worst.values()) <= 1, max(worst.items(), key=lambda each: each[1])
+
+
+@pytest.mark.slow
+def test_two_steps_of_condconv_are_those_of_a_loop_over_examples(monkeypatch):
+    """Every conditional kernel mixed and applied to one example at a time, by the definition."""
+    golden = np.load(GOLDEN)
+    data = mini(golden["X"], golden["Y"], num_experts=3)
+    ours = run.build(data)
+    before = ours.state()
+    losses = two_steps(ours)
+    after = ours.state()
+    monkeypatch.setattr(ops, "conv2d", one_by_one(plain))
+    monkeypatch.setattr(ops, "depthwise_conv2d", one_by_one(depthwise))
+    naive = run.build(data)
+    naive_losses = two_steps(naive)
+    np.testing.assert_allclose(losses, naive_losses, rtol=1e-4)
+    worst = {n: far(after[n], w, before[n]) for n, w in naive.state().items() if "/" in n}
+    worst = {n: value for n, value in worst.items() if n.startswith(("model/", "average/"))}
+    assert max(worst.values()) <= 1, max(worst.items(), key=lambda each: each[1])
+
+
+def one_by_one(convolve):
+    """A convolution of a whole batch with a kernel each, as a loop that TensorFlow unrolls."""
+
+    def loop(x, kernels, strides, padding, dilation_rate, training=True):
+        rows = [
+            convolve(x[i : i + 1], kernels[i], strides, padding.upper(), dilation_rate)
+            for i in range(x.shape[0])
+        ]
+        return tf.concat(rows, axis=0)
+
+    return loop
+
+
+def plain(x, kernel, strides, padding, dilation_rate):
+    return tf.nn.conv2d(x, kernel, strides, padding, dilations=dilation_rate)
+
+
+def depthwise(x, kernel, strides, padding, dilation_rate):
+    return tf.nn.depthwise_conv2d(x, kernel, (1, *strides, 1), padding, dilations=dilation_rate)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def single_steps(*arguments: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "tests/single_steps.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait(*processes: subprocess.Popen) -> None:
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+
+
+def cluster(ports: list[int], index: int) -> str:
+    workers = ", ".join(f'"127.0.0.1:{port}"' for port in ports)
+    task = f'{{"type": "worker", "index": {index}}}'
+    return f'{{"cluster": {{"worker": [{workers}]}}, "task": {task}}}'
+
+
+@pytest.mark.slow
+def test_a_step_of_two_replicas_or_workers_is_that_of_one_device(tmp_path):
+    states, one, two, workers = (tmp_path / name for name in ("states", "one", "two", "workers"))
+    for folder in (states, one, two, workers):
+        folder.mkdir()
+    wait(single_steps("record", str(states), "auto", str(one)))
+    wait(single_steps("replay", str(states), "cpu:2", str(two)))
+    ports = free_ports(2)
+    wait(
+        *(
+            single_steps(
+                "replay", str(states), "auto", str(workers), TF_CONFIG=cluster(ports, index)
+            )
+            for index in range(2)
+        )
+    )
+    for number, folder in itertools.product(range(20), (two, workers)):
+        before, wanted, got = (np.load(each / f"{number}.npz") for each in (states, one, folder))
+        assert abs(got["loss"] - wanted["loss"]) <= 1e-12 * abs(wanted["loss"])
+        for name in before.files:
+            update = np.linalg.norm(wanted[name] - before[name])
+            allowed = 1e-9 * update + 1e-12 * np.sqrt(before[name].size)
+            assert np.linalg.norm(got[name] - wanted[name]) <= allowed, (number, folder.name, name)
