@@ -19,6 +19,7 @@ import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
 from condconv import ops as conditional
+from condconv.normalization import at_least_float32
 
 Tensor = Any
 Shape = tuple[int | None, ...]
@@ -72,11 +73,21 @@ def _at_least_one(value: int, name: str) -> int:
     return value
 
 
+def _data_format(value: str | None) -> str:
+    value = value or keras.config.image_data_format()
+    if value not in ("channels_last", "channels_first"):
+        raise ValueError(
+            f"`data_format` takes 'channels_last' or 'channels_first'. Received: {value!r}"
+        )
+    return value
+
+
 @keras.saving.register_keras_serializable(package="condconv")
 class Routing(keras.layers.Layer):
     """Weighs the experts for each example: global average pool, dense, activation.
 
-    Computes in the precision of its variables, also under a mixed precision policy.
+    Computes in the precision of its variables, also under a mixed precision policy, and at least
+    in float32.
 
     Args:
         num_experts: how many experts to weigh, n.
@@ -104,7 +115,7 @@ class Routing(keras.layers.Layer):
         self.num_experts = _at_least_one(num_experts, "num_experts")
         self.activation = activations.get(activation)
         self.use_bias = use_bias
-        self.data_format = data_format or keras.config.image_data_format()
+        self.data_format = _data_format(data_format)
         self.kernel_initializer = initializers.get(kernel_initializer)
         self.bias_initializer = initializers.get(bias_initializer)
         self.kernel_regularizer = regularizers.get(kernel_regularizer)
@@ -137,17 +148,19 @@ class Routing(keras.layers.Layer):
 
     def call(self, inputs: Tensor) -> Tensor:
         """Maps (B, H, W, C) or (B, C) to routing weights (B, n)."""
-        x = ops.cast(inputs, self.variable_dtype)
+        dtype = at_least_float32(self.variable_dtype)
+        x = ops.cast(inputs, dtype)
         if len(inputs.shape) == 4:
             x = ops.mean(x, axis=(2, 3) if self.data_format == "channels_first" else (1, 2))
-        x = ops.matmul(x, self.kernel)
+        x = ops.matmul(x, ops.cast(self.kernel, dtype))
         if self.bias is not None:
-            x = ops.add(x, self.bias)
+            x = ops.add(x, ops.cast(self.bias, dtype))
         return self.activation(x)
 
     def compute_output_spec(self, inputs: Tensor) -> keras.KerasTensor:
-        """Returns the spec of (B, n), in the precision of the variables."""
-        return keras.KerasTensor((inputs.shape[0], self.num_experts), dtype=self.variable_dtype)
+        """Returns the spec of (B, n), in the precision that it computes in."""
+        dtype = at_least_float32(self.variable_dtype)
+        return keras.KerasTensor((inputs.shape[0], self.num_experts), dtype=dtype)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of this layer."""
@@ -190,12 +203,7 @@ class _Conditional(keras.layers.Layer):
         # cast: casting all n of them in every call costs more than the mixing.
         super().__init__(activity_regularizer=activity_regularizer, autocast=False, **kwargs)
         self.num_experts = _at_least_one(num_experts, "num_experts")
-        self.data_format = data_format or keras.config.image_data_format()
-        if self.data_format not in ("channels_last", "channels_first"):
-            raise ValueError(
-                "`data_format` takes 'channels_last' or 'channels_first'. "
-                f"Received: {data_format!r}"
-            )
+        self.data_format = _data_format(data_format)
         self.activation = activations.get(activation)
         self.use_bias = use_bias
         self.kernel_initializer = initializers.get(kernel_initializer)
@@ -287,11 +295,18 @@ class _Conditional(keras.layers.Layer):
         y = self.activation(y)
         return ops.transpose(y, (0, 3, 1, 2)) if swap else y
 
-    def _check_routing(self, shape: Shape | None) -> None:
-        if shape is not None and (len(shape) != 2 or shape[1] != self.num_experts):
+    def _check_routing(self, inputs_shape: Shape, shape: Shape | None) -> None:
+        if shape is None:
+            return
+        if len(shape) != 2 or shape[1] != self.num_experts:
             raise ValueError(
                 f"{self.name} takes routing weights of shape (batch, {self.num_experts}). "
                 f"Received: shape {shape}"
+            )
+        if None not in (inputs_shape[0], shape[0]) and inputs_shape[0] != shape[0]:
+            raise ValueError(
+                f"{self.name} takes routing weights for each of its {inputs_shape[0]} examples. "
+                f"Received: inputs of shape {inputs_shape}, routing weights of shape {shape}"
             )
 
     def _own_routing(self, inputs: Tensor) -> Tensor:
@@ -362,7 +377,7 @@ class _ConditionalConv(_Conditional):
         self, inputs_shape: Shape, routing_weights_shape: Shape | None = None
     ) -> Shape:
         """Returns the shape of the output, as the static layer would."""
-        self._check_routing(routing_weights_shape)
+        self._check_routing(inputs_shape, routing_weights_shape)
         first = self._channel_axis == 1
         batch, *rest = inputs_shape
         sizes = rest[1:] if first else rest[:-1]
@@ -556,7 +571,7 @@ class CondDense(_Conditional):
         self, inputs_shape: Shape, routing_weights_shape: Shape | None = None
     ) -> Shape:
         """Returns (batch, …, units)."""
-        self._check_routing(routing_weights_shape)
+        self._check_routing(inputs_shape, routing_weights_shape)
         return (*inputs_shape[:-1], self.units)
 
     def get_config(self) -> dict[str, Any]:
@@ -568,7 +583,7 @@ class CondDense(_Conditional):
 
 @keras.saving.register_keras_serializable(package="condconv")
 class Logits(keras.layers.Layer):
-    """Marks the logits of a network: float32 under every policy, with the rule of its cost.
+    """Marks the logits of a network, at least float32 under every policy, with its cost's rule.
 
     Args:
         cost_rule: "R" or "M", the accounting under which the paper printed the multiply-adds of
@@ -576,11 +591,11 @@ class Logits(keras.layers.Layer):
     """
 
     def __init__(self, cost_rule: str = "R", **kwargs: Any):
-        super().__init__(**{**kwargs, "dtype": "float32"})
+        super().__init__(**{**kwargs, "dtype": at_least_float32(kwargs.get("dtype"))})
         self.cost_rule = cost_rule
 
     def call(self, inputs: Tensor) -> Tensor:
-        """Returns ``inputs`` (B, classes) in float32."""
+        """Returns ``inputs`` (B, classes), which Keras casts on the way in."""
         return inputs
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:

@@ -9,6 +9,19 @@ from keras import ops
 Tensor = Any
 
 
+def at_least_float32(dtype: Any = None) -> str:
+    """Returns the dtype for what must not lose precision: "float64" under float64, else "float32".
+
+    Args:
+        dtype: a dtype, or a dtype policy or its name, which stands for the dtype that it computes
+            in; None for Keras' policy in force.
+    """
+    if not isinstance(dtype, str | dict | keras.DTypePolicy | None):
+        dtype = keras.backend.standardize_dtype(dtype)
+    compute_dtype = keras.dtype_policies.get(dtype).compute_dtype
+    return "float64" if compute_dtype == "float64" else "float32"
+
+
 @keras.saving.register_keras_serializable(package="condconv")
 class BatchNormalization(keras.layers.BatchNormalization):
     """Keras' batch normalisation, with the same statistics and weights, in one operation.
@@ -76,16 +89,19 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
 @keras.saving.register_keras_serializable(package="condconv")
 class PixelNormalization(keras.layers.Layer):
-    """Maps pixels to (pixel − mean) / deviation, in float32 under every policy.
+    """Maps pixels to (pixel − mean) / deviation, at least in float32 under every policy.
 
     Keras' own ``Normalization`` needs TensorFlow on every backend.
 
     Args:
         mean, deviation: one number for each channel, on the scale of the pixels.
+
+    Raises:
+        ValueError: if they are not as many as the channels, or a deviation is not positive.
     """
 
     def __init__(self, mean: Sequence[float], deviation: Sequence[float], **kwargs: Any):
-        super().__init__(**{**kwargs, "dtype": "float32"})
+        super().__init__(**{**kwargs, "dtype": at_least_float32(kwargs.get("dtype"))})
         self.mean = tuple(float(value) for value in mean)
         self.deviation = tuple(float(value) for value in deviation)
         if len(self.mean) != len(self.deviation) or not all(d > 0 for d in self.deviation):
@@ -94,10 +110,20 @@ class PixelNormalization(keras.layers.Layer):
                 f"Received: mean={mean}, deviation={deviation}"
             )
 
+    def build(self, input_shape: tuple) -> None:
+        """Checks that there are as many channels as means."""
+        if input_shape[-1] not in (None, len(self.mean)):
+            raise ValueError(
+                f"{self.name} has means and deviations of {len(self.mean)} channels, and its input "
+                f"has {input_shape[-1]}: give one of each for a channel. "
+                f"Received: shape {tuple(input_shape)}"
+            )
+
     def call(self, inputs: Tensor) -> Tensor:
         """Normalises (B, H, W, C), uint8 or float."""
-        pixels = ops.cast(inputs, "float32")
-        return (pixels - ops.array(self.mean, "float32")) / ops.array(self.deviation, "float32")
+        dtype = self.compute_dtype
+        pixels = ops.cast(inputs, dtype)
+        return (pixels - ops.array(self.mean, dtype)) / ops.array(self.deviation, dtype)
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
         """Returns ``input_shape``."""

@@ -14,6 +14,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from condconv.normalization import at_least_float32
+
 Tensor = Any
 Pair = tuple[int, int]
 
@@ -25,10 +27,12 @@ _SMALLEST_FOLDED_MAP = 4 * 4
 def mix(experts: Tensor, routing_weights: Tensor) -> Tensor:
     """Sums experts (n, …) with weights (B, n) into one kernel an example (B, …).
 
-    The sum is taken in the experts' own precision, whatever that of the activations.
+    The sum is taken in the experts' own precision and at least in float32, whatever that of the
+    activations.
     """
-    flat = ops.reshape(experts, (experts.shape[0], -1))
-    mixed = ops.matmul(ops.cast(routing_weights, experts.dtype), flat)
+    dtype = at_least_float32(experts.dtype)
+    flat = ops.cast(ops.reshape(experts, (experts.shape[0], -1)), dtype)
+    mixed = ops.matmul(ops.cast(routing_weights, dtype), flat)
     return ops.reshape(mixed, (-1, *experts.shape[1:]))
 
 
@@ -128,11 +132,17 @@ def _depthwise_by_folding(
         x, padding = _pad(x, kernel_size, strides, padding, dilation_rate), "valid"
     batch, height, width, channels = ops.shape(x)
     kernel_height, kernel_width, _, multiplier = kernels.shape[1:]
-    folded = ops.reshape(ops.transpose(x, (1, 2, 0, 3)), (1, height, width, batch * channels))
+    all_channels = batch * channels
+    folded = ops.reshape(ops.transpose(x, (1, 2, 0, 3)), (1, height, width, all_channels))
     kernel = ops.reshape(
         ops.transpose(kernels, (1, 2, 0, 3, 4)),
-        (kernel_height, kernel_width, batch * channels, multiplier),
+        (kernel_height, kernel_width, all_channels, multiplier),
     )
+    # TensorFlow has no convolution without channels, so an empty batch gets one, to drop again.
+    # Padding and slicing (by `slice`, not by brackets) that change nothing copy nothing.
+    empty = int(batch == 0) if isinstance(batch, int) else ops.cast(ops.equal(batch, 0), "int32")
+    folded = ops.pad(folded, [(0, 0), (0, 0), (0, 0), (0, empty)])
+    kernel = ops.pad(kernel, [(0, 0), (0, 0), (0, empty), (0, 0)])
     y = ops.depthwise_conv(
         folded,
         kernel,
@@ -141,7 +151,9 @@ def _depthwise_by_folding(
         data_format="channels_last",
         dilation_rate=dilation_rate,
     )
-    y = ops.reshape(y, (*ops.shape(y)[1:3], batch, channels * multiplier))
+    new_height, new_width = ops.shape(y)[1:3]
+    y = ops.slice(y, (0, 0, 0, 0), (1, new_height, new_width, all_channels * multiplier))
+    y = ops.reshape(y, (new_height, new_width, batch, channels * multiplier))
     return ops.transpose(y, (2, 0, 1, 3))
 
 

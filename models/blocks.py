@@ -13,7 +13,7 @@ from typing import Any
 import keras
 
 from condconv import CondConv2D, CondDense, DepthwiseCondConv2D, Routing
-from condconv.normalization import BatchNormalization
+from condconv.normalization import BatchNormalization, at_least_float32
 from condconv.stochastic import Dropout, StochasticDepth
 
 Tensor = Any
@@ -146,8 +146,9 @@ class Convs:
         return self._normalize(x, part, linear=False, gamma="ones")
 
     def dense(self, x: Tensor, part: str, units: int, kernel_initializer: Any) -> Tensor:
-        """Dense layer with bias, in float32 under every policy."""
-        arguments = {"units": units, "kernel_initializer": kernel_initializer, "dtype": "float32"}
+        """Dense layer with bias, at least in float32 under every policy."""
+        dtype = at_least_float32()
+        arguments = {"units": units, "kernel_initializer": kernel_initializer, "dtype": dtype}
         return self._apply(x, part, keras.layers.Dense, CondDense, arguments)
 
     def _apply(

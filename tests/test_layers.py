@@ -871,6 +871,61 @@ def test_routing_weights_of_a_wrong_shape_are_an_error(
         make(layer)(x, routing)
 
 
+@pytest.mark.parametrize("symbolic", [True, False])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_routing_weights_of_another_batch_are_an_error(layer: str, batch: int, symbolic: bool):
+    x, routing = inputs_of(layer), np.ones((batch, 4), "float32")
+    if symbolic:
+        x, routing = (keras.KerasTensor(value.shape) for value in (x, routing))
+    with pytest.raises(ValueError, match=r"each of its 3 examples.*\(3, .*of shape \(., 4\)"):
+        make(layer)(x, routing)
+
+
+# An empty batch, as the last one of a replica can be.
+
+
+def empties() -> list[tuple[str, dict[str, Any]]]:
+    windows = [{}, {"strides": 2}, {"dilation_rate": 2}]
+    return [("dense", {}), *itertools.product(("conv", "depthwise"), windows)]
+
+
+@pytest.mark.parametrize("training", TRAINING)
+@pytest.mark.parametrize(("layer", "window"), slow_on_jax(empties(), 3))
+def test_an_empty_batch_has_an_empty_result(layer: str, window: dict[str, Any], training: bool):
+    instance = built(layer, **window)
+    x, routing = inputs_of(layer)[:0], np.ones((0, 4), "float32")
+    y = instance(x, routing, training=training)
+    assert tuple(y.shape) == instance.compute_output_shape(x.shape)
+    assert y.shape[0] == 0
+
+
+@tf_only
+@pytest.mark.parametrize(("layer", "window"), empties())
+def test_one_graph_trains_on_empty_batches_too(layer: str, window: dict[str, Any]):
+    import tensorflow as tf
+
+    instance = built(layer, **window)
+    weights = [weight.value for weight in instance.trainable_weights]
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec((None, *inputs_of(layer).shape[1:])),
+            tf.TensorSpec((None, 4)),
+        ]
+    )
+    def run(x: tf.Tensor, routing: tf.Tensor) -> tuple:
+        with tf.GradientTape() as tape:
+            y = instance(x, routing, training=True)
+        return y, tape.gradient(y, weights)
+
+    y, gradients = run(inputs_of(layer)[:0], np.ones((0, 4), "float32"))
+    assert tuple(y.shape) == instance.compute_output_shape((0, *inputs_of(layer).shape[1:]))
+    assert all(not np.any(to_numpy(gradient)) for gradient in gradients)
+    x, routing = inputs_of(layer), mixture_of(3, 4)
+    assert error(run(x, routing)[0], instance(x, routing)) <= 1e-6
+
+
 # Configuration and files.
 
 SHARED = {
@@ -1207,6 +1262,76 @@ def test_experts_are_mixed_in_float32(layer: str, inside: bool):
     np.testing.assert_array_equal(to_numpy(called(x, routing)), (channels + 1) * 2**-10)
 
 
+# Other precisions.
+
+
+@tf_only
+@pytest.mark.parametrize("training", TRAINING)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_float64_is_float64_all_the_way(layer: str, training: bool):
+    x, routing = (value.astype("float64") / 3 for value in (inputs_of(layer), mixture_of(3, 4)))
+    instance = built(layer, dtype="float64")
+    for weight in instance.weights:
+        assert dtype_of(weight) == "float64"
+        weight.assign(to_numpy(weight) / 3)  # thirds have no end, in float32 a nearer one
+    forward = {"conv": reference.conv2d, "depthwise": reference.depthwise_conv2d}.get(layer)
+    arguments = (x, routing, to_numpy(instance.kernel), to_numpy(instance.bias))
+    if forward:
+        expected = forward(*arguments, (1, 1), "same", (1, 1))
+    else:
+        expected = reference.dense(*arguments)
+    y = instance(x, routing, training=training)
+    assert dtype_of(y) == "float64"
+    assert error(y, expected) <= 1e-13
+
+
+@tf_only
+def test_routing_and_logits_follow_a_policy_of_float64():
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float64")
+    try:
+        routing, logits = Routing(4), Logits()
+    finally:
+        keras.config.set_dtype_policy(before)
+    x = inputs_of("dense").astype("float64") / 3
+    y = routing(x)
+    expected = 1 / (1 + np.exp(-(x @ to_numpy(routing.kernel))))
+    assert dtype_of(y) == "float64"
+    assert error(y, expected) <= 1e-14
+    assert dtype_of(logits(y)) == routing.compute_output_spec(x).dtype == "float64"
+
+
+@tf_only
+def test_a_whole_network_computes_in_float64_under_its_policy():
+    from models import create_model
+
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float64")
+    try:
+        network = create_model(
+            "mobilenet_v1", num_experts=2, width=0.1, image_size=32, condconv_classifier=True
+        )
+    finally:
+        keras.config.set_dtype_policy(before)
+    for layer in network.layers[1:]:  # but for the pixels
+        assert layer.compute_dtype == layer.output.dtype == "float64", layer.name
+    assert {dtype_of(weight) for weight in network.trainable_weights} == {"float64"}
+
+
+@pytest.mark.parametrize("dtype", slow_on_jax(["bfloat16", "float16"]))
+def test_nothing_is_mixed_or_routed_below_float32(dtype: str):
+    routing = Routing(4, dtype=dtype)
+    y = routing(inputs_of("dense"))
+    assert dtype_of(routing.kernel) == dtype
+    assert dtype_of(y) == routing.compute_output_spec(y).dtype == "float32"
+    experts = np.asarray([1.0, 2.0**-12], dtype).reshape(2, 1)
+    mixed = conditional.mix(keras.ops.array(experts, dtype), np.ones((1, 2), "float32"))
+    assert dtype_of(mixed) == "float32"
+    assert to_numpy(mixed)[0, 0] == 1 + 2**-12
+    assert dtype_of(built("conv", dtype=dtype)(inputs_of("conv"), mixture_of(3, 4))) == dtype
+    assert Logits(dtype=dtype).compute_dtype == "float32"
+
+
 # Channels first.
 
 
@@ -1259,6 +1384,7 @@ BAD = [
         )
         for value in (0, -1, True, 1.5)
     ),
+    (Routing, {"num_experts": 2, "data_format": "foo"}, "'channels_first'.*Received: 'foo'"),
     (CondConv2D, {**CONV, "groups": 2}, "groups=2"),
     (CondConv2D, {**CONV, "filters": 0}, "`filters`.*Received: 0"),
     (CondDense, {**DENSE, "units": 0}, "`units`.*Received: 0"),

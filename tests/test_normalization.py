@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from condconv.normalization import BatchNormalization, PixelNormalization
+from condconv.normalization import BatchNormalization, PixelNormalization, at_least_float32
 
 Array = np.ndarray
 Layer = keras.layers.Layer
@@ -287,3 +287,49 @@ def test_pixels_are_normalised_in_float32(policy: str, dtype: str):
 def test_pixels_need_a_positive_deviation_for_each_channel(deviation: tuple[float, ...]):
     with pytest.raises(ValueError, match="positive deviation for each channel"):
         PixelNormalization((1.0, 2.0, 3.0), deviation)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 1), (None, None, None, 4), (2, 2)], ids=str)
+def test_pixels_of_other_channels_are_refused_when_built(shape: tuple[int | None, ...]):
+    layer = PixelNormalization((1.0, 2.0, 3.0), (1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match=f"of 3 channels, and its input has {shape[-1]}"):
+        layer(keras.KerasTensor(shape))
+
+
+@tf_only
+def test_pixels_are_normalised_in_float64_under_its_policy():
+    layer = PixelNormalization((0.1,), (0.3,), dtype="float64")
+    y = layer(np.ones((1, 1, 1, 1), "uint8"))
+    assert dtype_of(y) == "float64"
+    assert abs(to_numpy(y).item() - (1 - 0.1) / 0.3) <= 1e-15
+    copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
+    assert copy.compute_dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("float64", "float64"),
+        (np.float64, "float64"),
+        (keras.DTypePolicy("float64"), "float64"),
+        ("float32", "float32"),
+        ("bfloat16", "float32"),
+        (np.float16, "float32"),
+        ("mixed_float16", "float32"),
+        (keras.DTypePolicy("mixed_bfloat16"), "float32"),
+        ({"class_name": "DTypePolicy", "config": {"name": "float64"}}, "float64"),
+        (None, "float32"),
+    ],
+    ids=str,
+)
+def test_at_least_float32(dtype: Any, expected: str):
+    assert at_least_float32(dtype) == expected
+
+
+def test_at_least_float32_follows_the_policy_in_force():
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float64")
+    try:
+        assert at_least_float32() == "float64"
+    finally:
+        keras.config.set_dtype_policy(before)
