@@ -1,4 +1,4 @@
-"""Training steps: those of the authors' graph, of naive arithmetic, and of any number of devices."""
+"""Training steps: those of the authors, of naive arithmetic, and of any number of devices."""
 
 import itertools
 import os
