@@ -17,18 +17,16 @@ _GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Binding over the run's 
 
 def main(_: list[str]) -> None:
     """Evaluates the checkpoint on ``Experiment.eval_split``."""
-    from etils import epath
-
     from condconv.engine import config, evaluation, files
     from condconv.engine.errors import UsageError
 
     if not _WORKDIR.value:
         raise UsageError("needs --workdir=FOLDER; see --help")
-    workdir = epath.Path(_WORKDIR.value)
+    workdir = files.path(_WORKDIR.value)
     experiment = config.load_run(workdir, _GIN_PARAM.value)
     result = evaluation.evaluate_run(experiment, workdir, _CHECKPOINT.value, _EMA.value)
-    files.write_json(workdir / "eval.json", result)
     print(json.dumps(result))
+    files.write_json(workdir / "eval.json", result)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,13 @@ _STEP = flags.DEFINE_integer("step", 0, "Step whose batch to draw.", lower_bound
 
 def main(_: list[str]) -> None:
     """Draws the first images of a training batch, before and after augmentation."""
-    from etils import epath
-
-    from condconv.engine import config, pictures
+    from condconv.engine import config, files, pictures
     from condconv.engine.errors import UsageError
 
     if not _GIN_FILE.value:
         raise UsageError("needs --gin_file=FILE; see --help")
     experiment = config.load(_GIN_FILE.value, _GIN_PARAM.value)
-    output = epath.Path(_OUTPUT.value)
+    output = files.path(_OUTPUT.value)
     pictures.draw_batch(experiment, _STEP.value, _IMAGES.value, output)
     print(output)
 

@@ -193,8 +193,8 @@ def _gradient_step(
     if run.experiment.clip_norm:
         gradients, _ = tf.clip_by_global_norm(gradients, run.experiment.clip_norm, use_norm=norm)
     _agree_on_statistics(run, context)
-    one = tf.ones([], _precise(run))
-    return parts | {"gradient_norm": norm, "steps": one, "stop": stop}, gradients
+    parts |= {"gradient_norm": norm, "steps": tf.ones([], _precise(run))}
+    return parts | {"stop": tf.identity(stop)}, gradients  # a tensor of this replica's own
 
 
 def _accumulated(

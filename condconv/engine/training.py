@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import tensorflow as tf
 from etils import epath
 
 from condconv.engine import checkpoints, config, devices, files, telemetry
@@ -83,7 +84,7 @@ def train(experiment: Experiment, workdir: epath.Path, tpu: str | None = None) -
     told = telemetry.Silence()
     if chief:
         told = telemetry.Telemetry(workdir, total, experiment.batch_size, place.step)
-    with told, _signals() as caught, failing_in_one_line(), _writing(workdir):
+    with told, _signals() as caught, _together(strategy), _writing(workdir):
         stopped = _Loop(run, kept, told, caught, chief).go(place)
     if stopped:
         print(f"stopped and saved; the same command goes on from {workdir}", file=sys.stderr)
@@ -93,7 +94,7 @@ def train(experiment: Experiment, workdir: epath.Path, tpu: str | None = None) -
 
 def _check_same_experiment(workdir: epath.Path) -> None:
     path = workdir / "config.gin"
-    if path.exists() and (differences := config.differences(path.read_text())):
+    if files.is_file(path) and (differences := config.differences(files.read_text(path))):
         raise UsageError(
             f"--workdir={workdir} holds another experiment: {'; '.join(differences)}. "
             f"Name another workdir, or remove this one (what may change: {config.CHANGEABLE})"
@@ -134,6 +135,21 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, before in handlers.items():
             signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def _together(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Turns what TensorFlow has against a run into a RunError, a lost worker above all."""
+    try:
+        with failing_in_one_line():
+            yield
+    except RunError as error:
+        if devices.workers(strategy) == 1 or not isinstance(error.__cause__, tf.errors.OpError):
+            raise
+        raise RunError(
+            f"the workers lost each other: {error}. Start all of them again, and they go on from "
+            "the last checkpoint"
+        ) from error
 
 
 @contextlib.contextmanager
