@@ -1,8 +1,9 @@
 """Checkpoints: complete or not there, named arrays, checked when they are read.
 
 A checkpoint is a folder ``checkpoints/STEP`` with ``state.safetensors`` and ``manifest.json``. The
-manifest, with size and checksum of the state, is written last: a folder without one is not a
-checkpoint. That holds on object stores too, where a rename is not atomic and a write is.
+manifest, with the state's size, the run's notes and a checksum of both, is written last: a folder
+without one is not a checkpoint. That holds on object stores too, where a rename is not atomic and
+a write is.
 """
 
 import contextlib
@@ -259,9 +260,9 @@ def _read(folder: epath.Path) -> Checkpoint:
 
 
 def _manifest(step: int, content: bytes, notes: Notes) -> str:
-    checksum = hashlib.sha256(content).hexdigest()
-    values = {"step": step, "bytes": len(content), "sha256": checksum}
-    return json.dumps(values | dataclasses.asdict(notes), indent=2) + "\n"
+    values = {"step": step, "bytes": len(content), **dataclasses.asdict(notes)}
+    checksum = hashlib.sha256(content + json.dumps(values).encode()).hexdigest()
+    return json.dumps(values | {"sha256": checksum}, indent=2) + "\n"
 
 
 def named_variables(model: keras.Model) -> dict[str, keras.Variable]:

@@ -167,7 +167,7 @@ def _initialize(model: keras.Model, path: str) -> None:
     print(f"{path}: {len(taken)} of {len(variables)} variables taken", file=sys.stderr)
     for what, names in (("made anew", anew), ("not taken", unused)):
         if names:
-            print(f"  {what}: {', '.join(names)}", file=sys.stderr)
+            print(f"  {what}: {', '.join(sorted(names))}", file=sys.stderr)
 
 
 def _check_input(run: Run) -> None:
