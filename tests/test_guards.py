@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from etils import epath
+from test_training import experiment, network, state, stripes
 
 from condconv.engine import checkpoints, config, dry_run, optimization, run, step, training
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.telemetry import Watch, read_metrics
 from data.pipeline import Pipeline
-from test_training import experiment, network, same, state, stripes
 
 SLOW = pytest.mark.slow
 

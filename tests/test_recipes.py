@@ -4,6 +4,8 @@ import inspect
 import math
 import pathlib
 import re
+import subprocess
+import sys
 
 import gin
 import keras
@@ -258,3 +260,25 @@ def test_impossible_depths_are_refused():
 def test_only_resnet_drops_experts():
     with pytest.raises(UsageError, match="mobilenet_v1 has no parameter 'expert_dropout'"):
         load("mobilenet_v1_condconv8", "mobilenet_v1.expert_dropout = 0.1")
+
+
+NETWORKS = ("efficientnet_b0", "mnasnet_a1", "mobilenet_v1", "mobilenet_v2", "resnet50")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["condconv8", "modern"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_recipe_passes_a_dry_run(network, recipe):
+    done = subprocess.run(
+        [
+            *(sys.executable, "train.py", "--dry_run"),
+            f"--gin_file=configs/imagenet/{network}_{recipe}.gin",
+        ],
+        cwd=CONFIGS.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "imagenet2012" in done.stdout
+    assert "expected duration" in done.stdout
