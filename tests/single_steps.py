@@ -1,6 +1,7 @@
 """Takes one step from each of some states, on the devices it is told, and keeps what comes out.
 
 python single_steps.py record|replay FOLDER DEVICES OUTPUT
+python single_steps.py run - DEVICES OUTPUT
 """
 
 import os
@@ -26,6 +27,24 @@ BINDINGS = (
 
 
 def main(mode: str, folder: str, device: str, output: str) -> None:
+    if mode == "run":
+        fifty_steps(device, output)
+    else:
+        single_steps(mode, folder, device, output)
+
+
+def fifty_steps(device: str, output: str) -> None:
+    """Trains as usual, and keeps what this worker ends with."""
+    bindings = ("mobilenet_v1.width = 0.1", f"Experiment.devices = '{device}'")
+    built = run.build(config.load(["configs/digits_condconv.gin"], bindings))
+    batches, stepper = iter(step.train_batches(built, 0)), step.Stepper(built)
+    for number in range(0, 50, 10):
+        stepper(batches, number, 10)
+    np.savez(pathlib.Path(output) / "last.npz", **built.state())
+
+
+def single_steps(mode: str, folder: str, device: str, output: str) -> None:
+    """Takes one step from each state."""
     bindings = (*BINDINGS, f"Experiment.devices = '{device}'")
     experiment = config.load(["configs/digits_condconv.gin"], bindings)
     built = run.build(experiment)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from etils import epath
+from etils.epath import gpath
 from test_training import experiment, network, state, stripes
 
 from condconv.engine import checkpoints, config, dry_run, optimization, run, step, training
@@ -243,3 +244,41 @@ def test_a_dry_run_does_everything_in_little():
     assert facts["parameters"] == 1_631_912
     # Weights, averages, two buffers of the optimizer, four bytes each, and some statistics.
     assert facts["checkpoint MB"] == pytest.approx(4 * 4 * 1.631912, rel=0.02)
+
+
+@pytest.fixture
+def object_store(monkeypatch) -> epath.Path:
+    """A folder gs://… that TensorFlow keeps in memory: no renaming of folders, no local files."""
+    path_of = gpath._GPath._path_str.fget
+    in_memory = property(lambda path: path_of(path).replace("gs://", "ram://"))
+    monkeypatch.setattr(gpath._GPath, "_path_str", in_memory)
+    return epath.Path("gs://bucket/run")
+
+
+@SLOW
+def test_a_run_on_an_object_store_is_that_on_a_disk(object_store, tmp_path):
+    class Stop(Exception):
+        pass
+
+    save = checkpoints.Checkpoints.save
+
+    def save_and_stop(self, step, values, notes):
+        save(self, step, values, notes)
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, "save", save_and_stop)
+        with pytest.raises(Stop):
+            training.train(experiment(), object_store)
+    damaged = object_store / "checkpoints" / "000000015"
+    damaged.mkdir()
+    (damaged / "manifest.json").write_text("{}")
+    assert training.train(experiment(), object_store) == 0
+    on_disk = epath.Path(tmp_path) / "run"
+    training.train(experiment(), on_disk)
+    one, other = state(object_store), state(on_disk)
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert [m["step"] for m in read_metrics(object_store)] == [
+        m["step"] for m in read_metrics(on_disk)
+    ]
+    assert not tmp_path.joinpath("gs:").exists()

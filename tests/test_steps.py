@@ -198,3 +198,19 @@ def test_a_step_of_two_replicas_or_workers_is_that_of_one_device(tmp_path):
             update = np.linalg.norm(wanted[name] - before[name])
             allowed = 1e-9 * update + 1e-12 * np.sqrt(before[name].size)
             assert np.linalg.norm(got[name] - wanted[name]) <= allowed, (number, folder.name, name)
+
+
+@pytest.mark.slow
+def test_workers_have_the_same_weights_after_fifty_steps(tmp_path):
+    folders, ports = [tmp_path / name for name in ("first", "second")], free_ports(2)
+    for folder in folders:
+        folder.mkdir()
+    wait(
+        *(
+            single_steps("run", "-", "auto", str(folder), TF_CONFIG=cluster(ports, index))
+            for index, folder in enumerate(folders)
+        )
+    )
+    one, other = (np.load(folder / "last.npz") for folder in folders)
+    assert len(one.files) > 100
+    assert all(np.array_equal(one[name], other[name]) for name in one.files)
