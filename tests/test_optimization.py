@@ -114,7 +114,28 @@ def test_durations(duration, steps):
     assert clock.steps(duration) == pytest.approx(steps)
 
 
-@pytest.mark.parametrize("duration", ["5", "epochs", "5 weeks", "-1 steps", "1.2.3 steps", ""])
+CLOCK = Clock(batch_size=256, num_examples=2560, total_steps=100)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: optimization.cosine(CLOCK, -0.1), "cosine.base_learning_rate takes"),
+        (lambda: optimization.exponential(CLOCK, every="0 epochs"), "exponential.every takes"),
+        (lambda: optimization.exponential(CLOCK, factor=1.5), "exponential.factor takes"),
+        (lambda: optimization.momentum(0.1, momentum=1.0), "momentum.momentum takes"),
+        (lambda: optimization.rmsprop(0.1, decay=-0.1), "rmsprop.decay takes"),
+        (lambda: optimization.rmsprop(0.1, epsilon=0.0), "rmsprop.epsilon takes"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make, says):
+    with pytest.raises(UsageError, match=says):
+        make()
+
+
+@pytest.mark.parametrize(
+    "duration", ["5", "epochs", "5 weeks", "-1 steps", "1.2.3 steps", "1e400 steps", ""]
+)
 def test_what_is_no_duration_is_refused(duration):
     with pytest.raises(UsageError, match="such as '5 epochs'"):
         optimization.check_duration(duration, "Experiment.duration")

@@ -78,6 +78,8 @@ class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     """Linear from zero; then the decay, which has been counting from the first step on."""
 
     def __init__(self, clock: Clock, base_learning_rate: float, warmup: Duration, name: str):
+        allowed = "a number of at least 0"
+        _check(f"{name}.base_learning_rate", base_learning_rate, base_learning_rate >= 0, allowed)
         self.peak = base_learning_rate * clock.batch_size / 256
         self.warmup_steps = int(clock.steps(warmup, f"{name}.warmup"))
 
@@ -95,6 +97,8 @@ class _Exponential(_WarmUp):
     def __init__(self, clock: Clock, every: Duration, factor: float, *arguments: Any):
         super().__init__(clock, *arguments)
         self.every, self.factor = clock.steps(every, "exponential.every"), factor
+        _check("exponential.every", every, self.every > 0, "a duration above 0")
+        _check("exponential.factor", factor, 0 < factor <= 1, "a factor above 0 and up to 1")
 
     def decayed(self, step: tf.Tensor) -> tf.Tensor:
         return tf.pow(self.factor, tf.floor(step / self.every))
@@ -107,6 +111,11 @@ class _Cosine(_WarmUp):
 
     def decayed(self, step: tf.Tensor) -> tf.Tensor:
         return 0.5 * (1 + tf.cos(step * (math.pi / self.total_steps)))
+
+
+def _check(name: str, value: float, fits: bool, allowed: str) -> None:
+    if not fits:
+        raise UsageError(f"{name} takes {allowed}, not {value!r}")
 
 
 @gin.register(denylist=["clock"])
@@ -149,6 +158,7 @@ class _Optimizer(keras.optimizers.Optimizer):
     buffers: dict[str, str] = {}  # initializer by name
 
     def __init__(self, learning_rate: Any, momentum: float, name: str):
+        _check(f"{name}.momentum", momentum, 0 <= momentum < 1, "a share from 0 to below 1")
         super().__init__(learning_rate=learning_rate, name=name)
         self.momentum = momentum
 
@@ -190,6 +200,8 @@ class _RMSProp(_Optimizer):
 
     def __init__(self, learning_rate: Any, momentum: float, decay: float, epsilon: float):
         super().__init__(learning_rate, momentum, "rmsprop")
+        _check("rmsprop.decay", decay, 0 <= decay < 1, "a share from 0 to below 1")
+        _check("rmsprop.epsilon", epsilon, epsilon > 0, "a number above 0")
         self.decay, self.epsilon = decay, epsilon
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
