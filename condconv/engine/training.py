@@ -198,13 +198,13 @@ class _Loop:
         """Trains from ``place`` to the end; returns whether a signal stopped it before."""
         waiting = lambda: bool(self._stepper.waiting.numpy())  # noqa: E731
         with telemetry.Watch(self._run.experiment.stall_seconds, waiting) as watch:
-            batches, window = self._batches(place), _Window(self._run, place.step)
+            batches, window = self._batches(place), _Window(self._run)
             stopped = False
             while place.step < self._run.clock.total_steps and not stopped:
                 steps = self._step(batches, place)
                 if steps.bad is not None:
                     place = self._roll_back(place, steps.bad)
-                    batches, window = self._batches(place), _Window(self._run, place.step)
+                    batches, window = self._batches(place), _Window(self._run)
                     continue
                 place = dataclasses.replace(place, step=place.step + round(steps.sums["steps"]))
                 stopped = self._stops(steps)
@@ -305,18 +305,22 @@ class _Loop:
 class _Window:
     """What happened since the last line of the log."""
 
-    def __init__(self, run: Run, step: int):
-        self._run = run
-        self._open(step)
+    def __init__(self, run: Run):
+        self._run, self._compiled = run, False
+        self._open()
 
-    def _open(self, step: int) -> None:
-        self._start, self._began = step, time.monotonic()
+    def _open(self) -> None:
+        self._began = time.monotonic()
         self._sums: dict[str, float] = {}
+        self._untimed = {"examples": 0.0, "seconds_waited": 0.0}
 
     def add(self, sums: dict[str, float]) -> None:
-        """Adds what some steps came to."""
+        """Adds what some steps came to; time counts from behind the first, which are compiled."""
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
+        if not self._compiled:
+            self._compiled, self._began = True, time.monotonic()
+            self._untimed = {name: sums[name] for name in ("examples", "seconds_waited")}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -329,15 +333,17 @@ class _Window:
         """Returns what to log at ``step``, and begins anew."""
         batch_size, clock = self._run.experiment.batch_size, self._run.clock
         sums, seconds = self._sums, time.monotonic() - self._began
+        timed = {name: sums[name] - untimed for name, untimed in self._untimed.items()}
         values = {
             "epoch": step * batch_size / clock.num_examples,
             **{f"train_{n}": sums[n] / sums["examples"] for n in ("loss", "top1", "objective")},
             "learning_rate": float(self._run.schedule(step)),
             "gradient_norm": sums["gradient_norm"] / sums["steps"],
-            "images_per_second": (step - self._start) * batch_size / seconds,
-            "input_share": sums["seconds_waited"] / seconds,
         }
+        if timed["examples"]:
+            values["images_per_second"] = timed["examples"] / seconds
+            values["input_share"] = timed["seconds_waited"] / seconds
         if self._run.loss_scale:
             values["loss_scale"] = float(self._run.loss_scale.read())
-        self._open(step)
+        self._open()
         return values
