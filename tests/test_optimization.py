@@ -72,6 +72,8 @@ TOTAL = 218_949
         ("exp_bs2048", 2048, optimization.exponential),
         ("exp_bs128", 128, optimization.exponential),
         ("cosine", 2048, lambda clock: optimization.cosine(clock, base_learning_rate=0.016)),
+        ("constant", 2048, lambda clock: optimization.constant(clock, base_learning_rate=0.016)),
+        ("poly", 2048, lambda clock: optimization.polynomial(clock, base_learning_rate=0.25)),
     ],
 )
 def test_learning_rates_are_the_official_ones(key, batch_size, factory):

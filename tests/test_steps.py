@@ -214,3 +214,40 @@ def test_workers_have_the_same_weights_after_fifty_steps(tmp_path):
     one, other = (np.load(folder / "last.npz") for folder in folders)
     assert len(one.files) > 100
     assert all(np.array_equal(one[name], other[name]) for name in one.files)
+
+
+TWO_REPLICAS = """
+import numpy as np
+import tensorflow as tf
+from condconv.engine import config, run, step
+
+bindings = ("mobilenet_v1.dropout = 0.5", "Experiment.devices = 'cpu:2'")
+built = run.build(config.load(["configs/digits_condconv.gin"], bindings))
+half = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), np.uint8)
+batch = {"image": tf.constant(half), "label": tf.zeros(32, tf.int64)}
+
+@tf.function
+def losses(number):
+    parts, _ = built.strategy.run(step._gradient_step, args=(built, batch, number, tf.zeros([])))
+    return built.strategy.experimental_local_results(parts["loss"])
+
+for number in (0, 0, 1):
+    print(*(float(loss) for loss in losses(tf.constant(number, tf.int64))))
+"""
+
+
+@pytest.mark.slow
+def test_replicas_drop_differently_and_the_same_again():
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_REPLICAS],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    first, again, later = (line.split() for line in done.stdout.splitlines())
+    assert first[0] != first[1]
+    assert first == again
+    assert set(first).isdisjoint(later)

@@ -51,6 +51,7 @@ def dry_run(
         eval_batch_size=batch_size,
     )
     run = build(small, strategy, stand_in=True)
+    run.initialize()
     clock = experiment.clock(run.data.num_examples(experiment.train_split))
     with blaming_the_config():
         experiment.schedule(clock=clock)

@@ -113,6 +113,22 @@ class _Cosine(_WarmUp):
         return 0.5 * (1 + tf.cos(step * (math.pi / self.total_steps)))
 
 
+class _Constant(_WarmUp):
+    def decayed(self, step: tf.Tensor) -> tf.Tensor:
+        return tf.ones_like(step)
+
+
+class _Polynomial(_WarmUp):
+    def __init__(self, clock: Clock, end: float, power: float, *arguments: Any):
+        super().__init__(clock, *arguments)
+        self.end, self.power = end / self.peak, power
+        self.decay_steps = clock.total_steps - self.warmup_steps + 1
+
+    def decayed(self, step: tf.Tensor) -> tf.Tensor:
+        done = tf.clip_by_value(step - self.warmup_steps, 1.0, self.decay_steps)
+        return (1 - self.end) * (1 - done / self.decay_steps) ** self.power + self.end
+
+
 def _check(name: str, value: float, fits: bool, allowed: str) -> None:
     if not fits:
         raise UsageError(f"{name} takes {allowed}, not {value!r}")
@@ -150,6 +166,38 @@ def cosine(
         warmup: duration of the linear rise from zero.
     """
     return _Cosine(clock, base_learning_rate, warmup, "cosine")
+
+
+@gin.register(denylist=["clock"])
+def constant(
+    clock: Clock, base_learning_rate: float = 0.1, warmup: Duration = "5 epochs"
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Warm-up, then the same to the end; arguments as those of ``cosine``."""
+    return _Constant(clock, base_learning_rate, warmup, "constant")
+
+
+@gin.register(denylist=["clock"])
+def polynomial(
+    clock: Clock,
+    base_learning_rate: float = 0.1,
+    warmup: Duration = "5 epochs",
+    end_learning_rate: float = 0.1,
+    power: float = 2.0,
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Warm-up, then down to a last learning rate: the official schedule for large batches.
+
+    Args:
+        clock: turns durations into steps.
+        base_learning_rate: for 256 examples in a step; the peak grows with the batch.
+        warmup: duration of the linear rise from zero.
+        end_learning_rate: at the end of the run, whatever the batch.
+        power: of the share of the decay that is left.
+    """
+    _check(
+        "polynomial.base_learning_rate", base_learning_rate, base_learning_rate > 0, "more than 0"
+    )
+    arguments = (base_learning_rate, warmup, "polynomial")
+    return _Polynomial(clock, end_learning_rate, power, *arguments)
 
 
 class _Optimizer(keras.optimizers.Optimizer):
@@ -331,6 +379,11 @@ class MovingAverage:
         self.variables = variables
         self.averages = [tf.Variable(v.value, trainable=False, name="average") for v in variables]
         self._strategy = tf.distribute.get_strategy()
+
+    def restart(self) -> None:
+        """Makes the averages what the variables are; outside of any replica."""
+        for average, variable in zip(self.averages, self.variables, strict=True):
+            average.assign(variable.numpy())
 
     def update(self, steps_done: tf.Tensor) -> None:
         """Moves the averages towards the variables; outside of any replica."""

@@ -61,6 +61,31 @@ class Run:
         what = f"the checkpoint of step {checkpoint.step}"
         checkpoints.fit(checkpoint.state, self._variables(), what)
 
+    def initialize(self) -> None:
+        """Takes over what ``Experiment.init_from`` names, and says what does not fit.
+
+        A classifier of another size is made anew.
+
+        Raises:
+            UsageError: if there is no such file, or nothing of it fits.
+        """
+        path = self.experiment.init_from
+        if not path:
+            return
+        values, variables = checkpoints.weights_of(path), checkpoints.named_variables(self.model)
+        shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
+        taken = [n for n in variables if n in values and values[n].shape == shapes[n]]
+        if not taken:
+            raise UsageError(f"Experiment.init_from={path!r} has no variable of {self.model.name}")
+        for name in taken:
+            variables[name].assign(values[name])
+        if self.average:
+            self.average.restart()
+        print(f"{path}: {len(taken)} of {len(variables)} variables taken", file=sys.stderr)
+        for what, names in (("made anew", variables), ("not taken", values)):
+            if left := sorted(set(names) - set(taken)):
+                print(f"  {what}: {', '.join(left)}", file=sys.stderr)
+
     def _variables(self) -> dict[str, Any]:
         weights = checkpoints.named_variables(self.model)
         named = {f"model/{path}": variable for path, variable in weights.items()}
@@ -114,8 +139,6 @@ def build(
         model = build_model(experiment, data.num_classes)
         check_images_fit(model, data, experiment.train_split)
         _synchronize(model, experiment.synchronized_batch_norm)
-        if experiment.init_from:
-            _initialize(model, experiment.init_from)
         with blaming_the_config():
             schedule = experiment.schedule(clock=clock)
             optimizer = experiment.optimizer(learning_rate=schedule)
@@ -151,23 +174,6 @@ def _synchronize(model: keras.Model, synchronized: bool) -> None:
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.synchronized = synchronized
-
-
-def _initialize(model: keras.Model, path: str) -> None:
-    """Takes over what fits, and says what does not: a classifier of another size is made anew."""
-    values = checkpoints.weights_of(path)
-    variables = checkpoints.named_variables(model)
-    taken = [n for n, v in variables.items() if n in values and values[n].shape == tuple(v.shape)]
-    if not taken:
-        raise UsageError(f"Experiment.init_from={path!r} has no variable of {model.name}")
-    for name in taken:
-        variables[name].assign(values[name])
-    anew = [name for name in variables if name not in taken]
-    unused = [name for name in values if name not in taken]
-    print(f"{path}: {len(taken)} of {len(variables)} variables taken", file=sys.stderr)
-    for what, names in (("made anew", anew), ("not taken", unused)):
-        if names:
-            print(f"  {what}: {', '.join(sorted(names))}", file=sys.stderr)
 
 
 def _check_input(run: Run) -> None:

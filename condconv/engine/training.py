@@ -109,11 +109,12 @@ def _checkpoints(run: Run, workdir: epath.Path) -> checkpoints.Checkpoints:
 
 
 def _restore(run: Run, kept: checkpoints.Checkpoints, chief: bool) -> _Place:
-    """Takes over the last checkpoint; returns where to go on from."""
+    """Takes over the last checkpoint, or what the run begins from; returns where to go on."""
     last = kept.load_last(set_aside=chief)
-    step = devices.agreed(run.strategy, last.step if last else 0, "the step they go on from")
+    devices.agreed(run.strategy, last.step if last else 0, "the step they go on from")
     if last is None:
-        return _Place(step)
+        run.initialize()
+        return _Place()
     run.restore(last)
     best = kept.best()
     return _Place(best=best[1] if best else None).after(last)
