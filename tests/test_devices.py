@@ -32,6 +32,13 @@ def test_a_tf_config_that_names_no_worker(monkeypatch, text):
         devices.strategy("auto")
 
 
+def test_parts_of_a_cpu_are_no_workers(monkeypatch):
+    cluster = '{"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 0}}'
+    monkeypatch.setenv("TF_CONFIG", cluster)
+    with pytest.raises(UsageError, match="is for one process"):
+        devices.strategy("cpu:2")
+
+
 @pytest.mark.parametrize("text", ["", '{"cluster": {"worker": ["a:1"]}}'])
 def test_a_tf_config_of_one_worker_changes_nothing(monkeypatch, text):
     monkeypatch.setenv("TF_CONFIG", text)

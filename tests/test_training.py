@@ -253,6 +253,12 @@ def test_a_workdir_of_another_experiment_is_refused(tmp_path):
         training.train(experiment(), epath.Path(tmp_path))
 
 
+def test_checkpoints_of_nobody_knows_what_are_refused(tmp_path):
+    checkpoints.Checkpoints(epath.Path(tmp_path)).save(5, {"a": np.zeros(1)}, Notes())
+    with pytest.raises(UsageError, match=r"has checkpoints and no config.gin"):
+        training.train(experiment(), epath.Path(tmp_path))
+
+
 def test_an_unwritable_workdir_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written to"):

@@ -32,14 +32,20 @@ def strategy(devices: str, tpu: str | None = None) -> tf.distribute.Strategy:
     """
     if tpu is not None:
         return _tpu_strategy(tpu)
+    several_workers = len(_workers()) > 1
     if devices == "auto":
-        if len(_workers()) > 1:
+        if several_workers:
             return tf.distribute.MultiWorkerMirroredStrategy()
         several = len(tf.config.list_physical_devices("GPU")) > 1
         return tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
     kind, _, count = devices.partition(":")
     if kind != "cpu" or not count.isdecimal() or int(count) < 1:
         raise UsageError(f"Experiment.devices takes 'auto' or 'cpu:N', not {devices!r}")
+    if several_workers:
+        raise UsageError(
+            f"Experiment.devices={devices!r} is for one process, and TF_CONFIG names several "
+            "workers: take 'auto', or unset TF_CONFIG"
+        )
     if int(count) == 1:
         return tf.distribute.get_strategy()
     return tf.distribute.MirroredStrategy(_logical_cpus(int(count)))

@@ -94,7 +94,14 @@ def train(experiment: Experiment, workdir: epath.Path, tpu: str | None = None) -
 
 def _check_same_experiment(workdir: epath.Path) -> None:
     path = workdir / "config.gin"
-    if files.is_file(path) and (differences := config.differences(files.read_text(path))):
+    if not files.is_file(path):
+        if checkpoints.Checkpoints(workdir).steps():
+            raise UsageError(
+                f"--workdir={workdir} has checkpoints and no config.gin that says of what: restore "
+                "it, or name another workdir"
+            )
+        return
+    if differences := config.differences(files.read_text(path)):
         raise UsageError(
             f"--workdir={workdir} holds another experiment: {'; '.join(differences)}. "
             f"Name another workdir, or remove this one (what may change: {config.CHANGEABLE})"
