@@ -14,6 +14,7 @@ from typing import Any
 
 import rich.console
 import rich.progress
+import rich.table
 import tensorflow as tf
 from etils import epath
 
@@ -41,9 +42,8 @@ class Telemetry:
         self._live = None
         if console.is_terminal:
             self._live = rich.progress.Progress(
-                rich.progress.BarColumn(bar_width=10),
-                rich.progress.TextColumn("{task.description}"),
-                rich.progress.TimeRemainingColumn(compact=True),
+                rich.progress.TimeRemainingColumn(table_column=rich.table.Column(min_width=7)),
+                rich.progress.TextColumn("left  {task.description}"),
                 console=console,
             )
             self._task = self._live.add_task("starting", total=total_steps, completed=start)
