@@ -286,3 +286,9 @@ def test_another_backend_than_tensorflow_is_refused(monkeypatch):
 
 def test_what_is_no_path_is_named():
     assert "foo://x is no path" in message_of(lambda: config.load(["foo://x"]))
+
+
+def test_a_config_of_another_folder_finds_what_it_includes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config.load(["configs/digits.gin"])
+    config.load(["configs/imagenet/efficientnet_b0.gin"])

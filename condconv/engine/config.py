@@ -177,7 +177,8 @@ def _find(file: str) -> epath.Path:
     if not files.is_file(path):
         siblings = [p.name for p in path.parent.glob("*.gin")] if path.parent.exists() else []
         raise UsageError(f"there is no config file {file!r}{_did_you_mean(path.name, siblings)}")
-    gin.add_config_file_search_path(str(path.parent))
+    # In full: gin takes a relative one for a Python package, and stumbles over one without files.
+    gin.add_config_file_search_path(str(path.parent.resolve()))
     gin.add_config_file_search_path(str(_CONFIGS))
     gin.config.register_file_reader(
         lambda name: epath.Path(name).open(), lambda name: epath.Path(name).is_file()
