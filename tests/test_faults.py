@@ -6,7 +6,6 @@ import os
 import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 from etils import epath
+from local_workers import tf_configs
 
 from condconv.engine.checkpoints import Checkpoints
 
@@ -164,21 +164,8 @@ def test_sigterm_saves_within_seconds_and_nothing_is_lost(config, tmp_path, undi
     assert_same(final(workdir), undisturbed("auto"))
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 def start_workers(config: pathlib.Path, workdir: pathlib.Path) -> list[subprocess.Popen]:
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    tasks = [
-        json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}})
-        for index in range(2)
-    ]
-    return [start(config, workdir, TF_CONFIG=task) for task in tasks]
+    return [start(config, workdir, TF_CONFIG=text) for text in tf_configs(2)]
 
 
 def test_two_workers_survive_the_loss_of_one(config, tmp_path):

@@ -9,7 +9,13 @@ import pytest
 import tensorflow as tf
 from etils import epath
 from etils.epath import gpath
-from test_training import experiment, network, state, stripes
+from test_training import (
+    experiment,
+    network,
+    state,
+    stripes,
+    train_to_the_first_checkpoint,
+)
 
 from condconv.engine import checkpoints, config, dry_run, optimization, run, step, training
 from condconv.engine.errors import RunError, UsageError
@@ -257,19 +263,7 @@ def object_store(monkeypatch) -> epath.Path:
 
 @SLOW
 def test_a_run_on_an_object_store_is_that_on_a_disk(object_store, tmp_path):
-    class Stop(Exception):
-        pass
-
-    save = checkpoints.Checkpoints.save
-
-    def save_and_stop(self, step, values, notes):
-        save(self, step, values, notes)
-        raise Stop
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints.Checkpoints, "save", save_and_stop)
-        with pytest.raises(Stop):
-            training.train(experiment(), object_store)
+    train_to_the_first_checkpoint(experiment(), object_store)
     damaged = object_store / "checkpoints" / "000000015"
     damaged.mkdir()
     (damaged / "manifest.json").write_text("{}")

@@ -3,13 +3,13 @@
 import itertools
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from local_workers import tf_configs
 
 from condconv import ops
 from condconv.engine import config, optimization, run, step
@@ -143,16 +143,6 @@ def depthwise(x, kernel, strides, padding, dilation_rate):
     return tf.nn.depthwise_conv2d(x, kernel, (1, *strides, 1), padding, dilations=dilation_rate)
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 def single_steps(*arguments: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "tests/single_steps.py", *arguments],
@@ -169,12 +159,6 @@ def wait(*processes: subprocess.Popen) -> None:
         assert process.returncode == 0, errors
 
 
-def cluster(ports: list[int], index: int) -> str:
-    workers = ", ".join(f'"127.0.0.1:{port}"' for port in ports)
-    task = f'{{"type": "worker", "index": {index}}}'
-    return f'{{"cluster": {{"worker": [{workers}]}}, "task": {task}}}'
-
-
 @pytest.mark.slow
 def test_a_step_of_two_replicas_or_workers_is_that_of_one_device(tmp_path):
     states, one, two, workers = (tmp_path / name for name in ("states", "one", "two", "workers"))
@@ -182,13 +166,10 @@ def test_a_step_of_two_replicas_or_workers_is_that_of_one_device(tmp_path):
         folder.mkdir()
     wait(single_steps("record", str(states), "auto", str(one)))
     wait(single_steps("replay", str(states), "cpu:2", str(two)))
-    ports = free_ports(2)
     wait(
         *(
-            single_steps(
-                "replay", str(states), "auto", str(workers), TF_CONFIG=cluster(ports, index)
-            )
-            for index in range(2)
+            single_steps("replay", str(states), "auto", str(workers), TF_CONFIG=text)
+            for text in tf_configs(2)
         )
     )
     for number, folder in itertools.product(range(20), (two, workers)):
@@ -202,13 +183,13 @@ def test_a_step_of_two_replicas_or_workers_is_that_of_one_device(tmp_path):
 
 @pytest.mark.slow
 def test_workers_have_the_same_weights_after_fifty_steps(tmp_path):
-    folders, ports = [tmp_path / name for name in ("first", "second")], free_ports(2)
+    folders = [tmp_path / name for name in ("first", "second")]
     for folder in folders:
         folder.mkdir()
     wait(
         *(
-            single_steps("run", "-", "auto", str(folder), TF_CONFIG=cluster(ports, index))
-            for index, folder in enumerate(folders)
+            single_steps("run", "-", "auto", str(folder), TF_CONFIG=text)
+            for folder, text in zip(folders, tf_configs(2), strict=True)
         )
     )
     one, other = (np.load(folder / "last.npz") for folder in folders)

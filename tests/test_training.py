@@ -1,6 +1,5 @@
 """Training and evaluation as a whole, on a network so small that a step takes no time."""
 
-import dataclasses
 import json
 import signal
 
@@ -183,10 +182,7 @@ def test_best_is_the_best_on_the_selection_split(trained):
     assert evaluation.evaluate_run(experiment(), trained, "best")["step"] == best
 
 
-def test_a_second_call_goes_on_and_ends_with_the_same_weights(tmp_path, trained):
-    whole = epath.Path(tmp_path) / "two_calls"
-    stopped = dataclasses.replace(experiment(), steps_per_call=1)
-
+def train_to_the_first_checkpoint(wanted: Experiment, workdir: epath.Path) -> None:
     class Stop(Exception):
         pass
 
@@ -199,7 +195,12 @@ def test_a_second_call_goes_on_and_ends_with_the_same_weights(tmp_path, trained)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints.Checkpoints, "save", save_and_stop)
         with pytest.raises(Stop):
-            training.train(stopped, whole)
+            training.train(wanted, workdir)
+
+
+def test_a_second_call_goes_on_and_ends_with_the_same_weights(tmp_path, trained):
+    whole = epath.Path(tmp_path) / "two_calls"
+    train_to_the_first_checkpoint(experiment(steps_per_call=1), whole)
     assert checkpoints.Checkpoints(whole).steps() == [10]
     assert training.train(experiment(), whole) == 0
     assert same(state(whole), state(trained))
