@@ -30,7 +30,7 @@ def measure(
     batch_size: int,
     count: int,
     accelerator_rate: float,
-    told: Callable[[int, int], None],
+    told: Callable[[str], None],
     ours: str = "data.throughput",
     pil: str = "data.pil",
 ) -> dict[str, Any]:
@@ -57,16 +57,17 @@ def measure(
         return Contender(_HERE, given | {"function": f"{ours}:{function}"}, cores)
 
     inputs = of_config(gin_files, bindings, f"{ours}:inputs", batch_size)
-    rates = alternate(
+    measured = alternate(
         {
             "stages": contender("stages"),
-            "pil": Contender(f"{pil}:rounds", inputs, tensorflow=False),
+            "pil": Contender(f"{pil}:rounds", inputs),
             "one": contender("recipes"),
             "two": contender("recipes", cores=2),
         },
         count,
         told,
     )
+    rates = {name: each.rates for name, each in measured.items()}
     stages = _stages(rates["stages"])
     return {
         "stages": stages,

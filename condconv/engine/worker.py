@@ -1,0 +1,151 @@
+"""A contender's side of a benchmark: makes its rounds, and runs one whenever it is asked to.
+
+Runs in a process of its own, perhaps of another Python interpreter, so this file needs the
+standard library only. What it says goes through a connection, as JSON: objects of its libraries
+would not arrive. stdout and stderr are a file.
+"""
+
+import importlib
+import json
+import os
+import platform
+import queue
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from condconv.engine.errors import UsageError
+
+# Begins a round; the first yield starts the clock, each next one counts images.
+Round = Callable[[], Iterator[int]]
+Rounds = Mapping[str, Round]
+
+_OUT_OF_MEMORY = ("out of memory", "oom when", "allocate memory", "resource exhausted")
+
+
+class Made(NamedTuple):
+    """What a contender is made of.
+
+    Attributes:
+        rounds: by name.
+        facts: called when all is measured; what there is to say about the contender.
+    """
+
+    rounds: Rounds
+    facts: Callable[[], Mapping[str, Any]] = dict
+
+
+def steps(step: Callable[[], object], images: int, seconds: float) -> Round:
+    """Returns a round that repeats a step for so long, and at least once.
+
+    Args:
+        step: returns when its result is there.
+        images: that it counts for.
+        seconds: after which no further step begins.
+    """
+
+    def begin() -> Iterator[int]:
+        yield 0  # the clock starts here
+        end = time.perf_counter() + seconds
+        while True:
+            step()
+            yield images
+            if time.perf_counter() >= end:
+                return
+
+    return begin
+
+
+def serve(descriptor: int) -> None:
+    """Answers the parent until it is gone.
+
+    It sends where to find the contender, on which cores, and when the process was started; then
+    the name of a round at a time, and None at last.
+
+    Args:
+        descriptor: of the connection to the parent.
+    """
+    connection = Connection(descriptor)
+    orders = _listen(connection)
+    try:
+        make, arguments, cores, started = orders.get()
+        os.sched_setaffinity(0, cores)
+        made = _make(make, arguments)
+        _say(connection, "done", list(made.rounds))
+        first = None
+        while (name := orders.get()) is not None:
+            rate, after_first = _rate(made.rounds[name])
+            first = first or after_first
+            _say(connection, "done", rate)
+        report = {"peak_bytes": _peak_bytes(), "seconds_to_first_step": first - started}
+        report["python"] = platform.python_version()
+        _say(connection, "done", report | dict(made.facts()))
+    except UsageError as error:
+        _say(connection, "usage", str(error))
+    except BaseException as error:  # told by the parent, in one line
+        _say(connection, "failed", _reason(error))
+
+
+def _say(connection: Connection, kind: str, what: Any) -> None:
+    connection.send_bytes(json.dumps([kind, what]).encode())
+
+
+def _listen(connection: Connection) -> "queue.SimpleQueue[Any]":
+    """Reads all orders ahead: so the end of the parent is noticed, and shared, at any time."""
+    orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                orders.put(connection.recv())
+        except (EOFError, OSError):
+            os._exit(1)
+
+    threading.Thread(target=listen, daemon=True).start()
+    return orders
+
+
+def _make(make: str, arguments: Mapping[str, Any]) -> Made:
+    module, function = make.split(":")
+    made = getattr(importlib.import_module(module), function)(**arguments)
+    return made if isinstance(made, Made) else Made(made)
+
+
+def _rate(begin: Round) -> tuple[float, float]:
+    """Returns images per second, and the time of day after the first step."""
+    images, done, first = begin(), 0, None
+    next(images)
+    start = end = time.perf_counter()
+    for count in images:
+        done, end = done + count, time.perf_counter()
+        first = first or time.time()
+    return done / (end - start), first  # without what it takes to close a round
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what happened, in one line."""
+    said = next((line for line in str(error).splitlines() if line.strip()), "")
+    exhausted = isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
+    if exhausted or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        return "out of memory: take a smaller --batch_size or --image_size"
+    if isinstance(error, ImportError):
+        return f"{sys.executable} cannot import what it needs: {said}"
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _peak_bytes() -> int:
+    """Returns the most memory that this process has held.
+
+    Not ru_maxrss where there is better: it begins with what the process that started this one
+    held.
+    """
+    try:
+        with open("/proc/self/status") as status:
+            (peak,) = [line.split()[1] for line in status if line.startswith("VmHWM")]
+        return int(peak) * 1024
+    except (OSError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
