@@ -4,7 +4,6 @@ Both are one compiled function of a fixed signature, on images that were made on
 is forward, mean softmax cross-entropy, backward and SGD with momentum, and its loss is fetched.
 """
 
-import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ import keras
 import numpy as np
 
 from condconv import CondConv2D, CondDense, DepthwiseCondConv2D, count_cost
+from condconv.engine.comparison import Task
 from condconv.engine.errors import UsageError
 from condconv.engine.worker import Made, steps
 from condconv.stochastic import Dropout, StochasticDepth
@@ -22,52 +22,7 @@ Tensor = Any
 Step = Callable[[], object]
 
 _SEED = 0
-_LEARNING_RATE = 1e-3  # small, so that no weight leaves the range in which arithmetic is fast
-_MOMENTUM = 0.9
 _BANDWIDTH_BYTES = 2**28  # of each of two arrays: far more than any cache holds
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What a contender does, however it does it.
-
-    Attributes:
-        mode: "infer" or "train".
-        batch_size: images in a step.
-        image_size: their height and width.
-        num_classes: of the labels.
-        seconds: how long a round lasts.
-        precision: Keras' policy.
-        xla: whether XLA compiles the whole step; on JAX it always does.
-        form: of a network in inference: "variables", "folded", "frozen" or "folded_frozen".
-        dynamic_batch: whether the batch is unknown when the step is compiled.
-    """
-
-    mode: str
-    batch_size: int
-    image_size: int = 224
-    num_classes: int = 1000
-    seconds: float = 1.0
-    precision: str = "float32"
-    xla: bool = False
-    form: str = "variables"
-    dynamic_batch: bool = False
-
-    @property
-    def signature(self) -> tuple[int | None, ...]:
-        """The shape of the images, as far as it is known to the compiled step."""
-        batch = None if self.dynamic_batch else self.batch_size
-        return (batch, self.image_size, self.image_size, 3)
-
-    def images(self) -> np.ndarray:
-        """Returns pixels (B, H, W, 3) of 0–255, float32, the same for every contender."""
-        shape = (self.batch_size, self.image_size, self.image_size, 3)
-        return np.random.default_rng(_SEED).integers(0, 256, shape).astype("float32")
-
-    def labels(self) -> np.ndarray:
-        """Returns classes (B,) int32, the same for every contender."""
-        draw = np.random.default_rng(_SEED + 1)
-        return draw.integers(0, self.num_classes, self.batch_size).astype("int32")
 
 
 def network(
@@ -128,7 +83,7 @@ def inference_step(model: keras.Model, task: Task) -> Step:
 
 def training_step(model: keras.Model, task: Task) -> Step:
     """Returns a function that makes one step of training and fetches the loss."""
-    optimizer = keras.optimizers.SGD(_LEARNING_RATE, momentum=_MOMENTUM)
+    optimizer = keras.optimizers.SGD(task.learning_rate, momentum=task.momentum)
     optimizer.build(model.trainable_variables)
     if keras.backend.backend() == "jax":
         return _jax_training(model, optimizer, task)
@@ -143,17 +98,36 @@ def loss_of(labels: Tensor, logits: Tensor) -> Tensor:
     )
 
 
+def images_of(task: Task) -> np.ndarray:
+    """Returns pixels (B, H, W, 3) of 0–255, float32, the same for every contender."""
+    shape = (task.batch_size, task.image_size, task.image_size, 3)
+    return np.random.default_rng(_SEED).integers(0, 256, shape).astype("float32")
+
+
+def labels_of(task: Task) -> np.ndarray:
+    """Returns classes (B,) int32, the same for every contender."""
+    draw = np.random.default_rng(_SEED + 1)
+    return draw.integers(0, task.num_classes, task.batch_size).astype("int32")
+
+
+def _specs(task: Task) -> list[Any]:
+    """Returns what a compiled step knows of images and labels."""
+    import tensorflow as tf
+
+    batch = None if task.dynamic_batch else task.batch_size
+    images = tf.TensorSpec((batch, task.image_size, task.image_size, 3), tf.float32)
+    return [images, tf.TensorSpec((batch,), tf.int32)]
+
+
 def _tensorflow_inference(model: keras.Model, task: Task) -> Step:
     import tensorflow as tf
 
-    @tf.function(
-        jit_compile=task.xla or None, input_signature=[tf.TensorSpec(task.signature, tf.float32)]
-    )
+    @tf.function(jit_compile=task.xla or None, input_signature=_specs(task)[:1])
     def infer(images: tf.Tensor) -> tf.Tensor:
         return model(images, training=False)
 
     run = _frozen(infer) if "frozen" in task.form else infer
-    images = tf.constant(task.images())
+    images = tf.constant(images_of(task))
     return lambda: keras.tree.flatten(run(images))[0].numpy()
 
 
@@ -169,12 +143,7 @@ def _frozen(function: Any) -> Callable[[Tensor], Any]:
 def _tensorflow_training(model: keras.Model, optimizer: Any, task: Task) -> Step:
     import tensorflow as tf
 
-    labels_spec = tf.TensorSpec(task.signature[:1], tf.int32)
-
-    @tf.function(
-        jit_compile=task.xla or None,
-        input_signature=[tf.TensorSpec(task.signature, tf.float32), labels_spec],
-    )
+    @tf.function(jit_compile=task.xla or None, input_signature=_specs(task))
     def train(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
             loss = loss_of(labels, model(images, training=True))
@@ -182,7 +151,7 @@ def _tensorflow_training(model: keras.Model, optimizer: Any, task: Task) -> Step
         optimizer.apply(tape.gradient(loss, variables), variables)
         return loss
 
-    images, labels = tf.constant(task.images()), tf.constant(task.labels())
+    images, labels = tf.constant(images_of(task)), tf.constant(labels_of(task))
     return lambda: train(images, labels).numpy()
 
 
@@ -195,7 +164,7 @@ def _jax_inference(model: keras.Model, task: Task) -> Step:
     def infer(trainable: Any, others: Any, images: Tensor) -> Tensor:
         return model.stateless_call(trainable, others, images, training=False)[0]
 
-    images = jax.numpy.asarray(task.images())
+    images = jax.numpy.asarray(images_of(task))
     return lambda: np.asarray(infer(trainable, others, images))
 
 
@@ -216,7 +185,7 @@ def _jax_training(model: keras.Model, optimizer: Any, task: Task) -> Step:
     compiled = jax.jit(train, donate_argnums=0)
     parts = (model.trainable_variables, model.non_trainable_variables, optimizer.variables)
     state = tuple(_values(part) for part in parts)
-    images, labels = jax.numpy.asarray(task.images()), jax.numpy.asarray(task.labels())
+    images, labels = jax.numpy.asarray(images_of(task)), jax.numpy.asarray(labels_of(task))
 
     def step() -> np.ndarray:
         nonlocal state

@@ -10,8 +10,6 @@ import torch
 from condconv.engine.worker import Made, steps
 
 _SEED = 0
-_LEARNING_RATE = 1e-3
-_MOMENTUM = 0.9
 _DTYPES = {"mixed_bfloat16": torch.bfloat16, "mixed_float16": torch.float16}
 
 Step = Callable[[], object]
@@ -22,7 +20,7 @@ def network(name: str, task: Mapping[str, Any], threads: int, channels_last: boo
 
     Args:
         name: timm's.
-        task: the fields of ``condconv.engine.contenders.Task``.
+        task: the fields of ``condconv.engine.comparison.Task``.
         threads: that PyTorch may use.
         channels_last: whether images and weights are laid out so.
     """
@@ -61,7 +59,9 @@ def _inference(model: torch.nn.Module, images: torch.Tensor, task: Mapping[str, 
 def _training(model: torch.nn.Module, images: torch.Tensor, task: Mapping[str, Any]) -> Step:
     model.train()
     labels = torch.randint(task["num_classes"], (len(images),), device=images.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE, momentum=_MOMENTUM)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=task["learning_rate"], momentum=task["momentum"]
+    )
 
     def train() -> float:
         optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import queue
+import re
 import resource
 import sys
 import threading
@@ -24,6 +25,8 @@ from condconv.engine.errors import UsageError
 Round = Callable[[], Iterator[int]]
 Rounds = Mapping[str, Round]
 
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
+_KERAS_PREFACE = "Exception encountered when calling"
 _OUT_OF_MEMORY = ("out of memory", "oom when", "allocate memory", "resource exhausted")
 
 
@@ -84,6 +87,8 @@ def serve(descriptor: int) -> None:
         report = {"peak_bytes": _peak_bytes(), "seconds_to_first_step": first - started}
         report["python"] = platform.python_version()
         _say(connection, "done", report | dict(made.facts()))
+    except ImportError as error:
+        _say(connection, "usage", f"{sys.executable} cannot import what it needs: {error}")
     except UsageError as error:
         _say(connection, "usage", str(error))
     except BaseException as error:  # told by the parent, in one line
@@ -127,13 +132,12 @@ def _rate(begin: Round) -> tuple[float, float]:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns what happened, in one line."""
-    said = next((line for line in str(error).splitlines() if line.strip()), "")
+    """Returns what happened, in one line: that behind Keras' own, which names the layer only."""
+    lines = [_COLOURS.sub("", line).strip() for line in str(error).splitlines()]
+    said = next((line for line in lines if line and not line.startswith(_KERAS_PREFACE)), "")
     exhausted = isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
     if exhausted or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
         return "out of memory: take a smaller --batch_size or --image_size"
-    if isinstance(error, ImportError):
-        return f"{sys.executable} cannot import what it needs: {said}"
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
