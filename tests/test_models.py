@@ -7,6 +7,7 @@ import authors_graph
 import keras
 import numpy as np
 import pytest
+import timm_names
 
 import condconv
 from condconv.layers import Logits
@@ -41,6 +42,7 @@ def trainable(model: keras.Model) -> int:
 def test_parameters_are_those_published(name, num_experts):
     model = create_model(name, num_experts=num_experts)
     assert trainable(model) == PARAMETERS[name, num_experts]
+    timm_names.assert_names_and_shapes_are_timms(model, num_experts)
 
 
 def test_every_static_network_has_a_golden_number():

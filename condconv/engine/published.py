@@ -31,6 +31,8 @@ _CONVERT = (
 _ENDING = re.compile(r"\.(index|data-\d{5}-of-\d{5})$")
 _ENDINGS = (".index", ".data-00000-of-00001")
 
+_UNREADABLE = (ValueError, RuntimeError, LookupError, MemoryError)  # what TensorFlow raises
+
 Triple = tuple[float, float, float]
 
 
@@ -141,7 +143,7 @@ def _read_tf1(path: epath.Path, ema: bool | None) -> Published:
         chosen = _choose(shapes, ema, prefix)
         _check_size(prefix, [shapes[stored] for stored in chosen.values()])
         values = {n: reader.get_tensor(stored).astype(np.float32) for n, stored in chosen.items()}
-    except (*files.path_errors(), ValueError, RuntimeError, MemoryError) as error:
+    except (*files.path_errors(), *_UNREADABLE) as error:
         raise RunError(
             f"the checkpoint {prefix} is damaged, or none ({files.reason(error)}): fetch it again"
         ) from error
