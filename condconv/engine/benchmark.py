@@ -87,18 +87,8 @@ def alternate(
             interpreter.
         RunError: if a contender fails.
     """
-    available = sorted(os.sched_getaffinity(0))
-    for name, contender in contenders.items():
-        if contender.cores > len(available):
-            raise UsageError(f"{name} wants {contender.cores} cores; there are {len(available)}")
     with contextlib.ExitStack() as stack:
-        workers: dict[str, _Worker] = {}
-        for name, contender in contenders.items():
-            told(f"starting {name}")
-            worker = _Worker(name, contender, available[: contender.cores], stack)
-            workers[name] = worker
-            for each in worker.names:
-                worker.ask(each)
+        workers = _started(contenders, stack, told)
         rates = {name: {each: [] for each in workers[name].names} for name in workers}
         turns = [(name, each) for name, worker in workers.items() for each in worker.names]
         for done in range(rounds):
@@ -106,6 +96,22 @@ def alternate(
                 rates[name][each].append(workers[name].ask(each))
             told(f"measured {done + 1} of {rounds} times")
         return {name: Measured(rates[name], workers[name].ask(None)) for name in workers}
+
+
+def _started(
+    contenders: Mapping[str, Contender], stack: contextlib.ExitStack, told: Callable[[str], None]
+) -> "dict[str, _Worker]":
+    """Starts contenders one after the other, each when the one before has run its rounds once."""
+    available, workers = sorted(os.sched_getaffinity(0)), {}
+    for name, contender in contenders.items():
+        if contender.cores > len(available):
+            raise UsageError(f"{name} wants {contender.cores} cores; there are {len(available)}")
+    for name, contender in contenders.items():
+        told(f"starting {name}")
+        workers[name] = _Worker(name, contender, available[: contender.cores], stack)
+        for each in workers[name].names:
+            workers[name].ask(each)
+    return workers
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:

@@ -34,20 +34,20 @@ def measure(comparison: Comparison, rounds: int, told: Callable[[str], None]) ->
     (memory,) = measured.pop(MEMORY).rates.values()
     rates = {name: each.rates["steps"] for name, each in measured.items()}
     reports = {name: each.report for name, each in measured.items()}
-    comparisons = _comparisons(rates)
+    comparisons, machine = _comparisons(rates), _machine(reports)
     line = _roofline(comparison, rates, reports, statistics.median(memory))
     return {
         "contenders": [
             _row(name, each, measured["ours"], comparison.batch_size)
             for name, each in measured.items()
         ],
-        "conclusions": [*_compared(comparisons), *_bounds(line)],
+        "conclusions": [*_compared(comparisons), *_bounds(line), *_described(comparison, machine)],
         "comparisons": comparisons,
         "roofline": line,
         "rates": rates,
         "bytes_per_second": memory,
         "reports": reports,
-        "machine": _machine(reports),
+        "machine": machine,
         "asked": dataclasses.asdict(comparison),
     }
 
@@ -151,6 +151,19 @@ def _bounds(line: Mapping[str, Any] | None) -> list[str]:
         f"over static: multiply-adds {line['multiply_adds_ratio']:.3f}, "
         f"bytes {line['bytes_bound']:.3f}, so the bound is {line['bound']:.3f}; measured "
         f"{line['measured']:.3f}, which is {line['measured_over_bound']:.3f} times the bound",
+    ]
+
+
+def _described(asked: Comparison, machine: Mapping[str, Any]) -> list[str]:
+    """Returns what was measured, and on what."""
+    step = "training step" if asked.mode == "train" else "inference"
+    options = [asked.form, asked.precision, asked.backend]
+    options += [name for name in ("xla", "dynamic_batch") if getattr(asked, name)]
+    return [
+        f"{asked.model}, {asked.num_experts} experts, width {asked.width:g}: {step} of "
+        f"{asked.batch_size} × {asked.image_size}×{asked.image_size}, {asked.threads} thread"
+        f"{'s' if asked.threads > 1 else ''}, {', '.join(options)}",
+        ", ".join(f"{name} {value}" for name, value in machine.items()),
     ]
 
 
