@@ -197,7 +197,8 @@ class Comparison(Task):
         self, create: str, arguments: Mapping[str, Any], form: str, remake: str | None = None
     ) -> Contender:
         given = {"create": create, "arguments": arguments, "task": self._task(form=form)}
-        return self._keras(f"{_KERAS}:network", given | {"remake": remake})
+        given |= {"remake": remake, "costs": create == self.create}
+        return self._keras(f"{_KERAS}:network", given)
 
     def _keras(self, make: str, arguments: Mapping[str, Any]) -> Contender:
         # A process may not take all memory of an accelerator: the others have theirs there too.

@@ -30,6 +30,7 @@ def network(
     arguments: Mapping[str, Any],
     task: Mapping[str, Any],
     remake: str | None = None,
+    costs: bool = True,
 ) -> Made:
     """Returns the rounds of a network, without our dropout and stochastic depth.
 
@@ -38,6 +39,7 @@ def network(
         arguments: of this function.
         task: the fields of a ``Task``.
         remake: "module:function" that makes another network of it, or None.
+        costs: whether its facts hold what it costs.
     """
     todo = Task(**task)
     keras.config.set_dtype_policy(todo.precision)
@@ -47,7 +49,7 @@ def network(
     _turn_off_noise(model)
     step = training_step(model, todo) if todo.mode == "train" else inference_step(model, todo)
     rounds = {"steps": steps(step, todo.batch_size, todo.seconds)}
-    return Made(rounds, lambda: _facts(made))
+    return Made(rounds, lambda: (_costs(made) if costs else {}) | _surroundings())
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -221,8 +223,8 @@ def bandwidth(seconds: float) -> Made:
     return Made({"bytes": step})
 
 
-def _facts(model: keras.Model) -> dict[str, Any]:
-    """Returns what a network costs, and what it ran on.
+def _costs(model: keras.Model) -> dict[str, int]:
+    """Returns what a network of ours costs.
 
     Of a conditional network also the weights of one expert over all layers, and of those the ones
     whose mixtures are written for each example: a dense layer mixes what comes out of it.
@@ -230,14 +232,13 @@ def _facts(model: keras.Model) -> dict[str, Any]:
     kinds = (CondConv2D, DepthwiseCondConv2D, CondDense)
     layers = [layer for layer in model.layers if isinstance(layer, kinds)]
     mixed = [layer for layer in layers if not isinstance(layer, CondDense)]
-    facts = {
+    return {
         "parameters": model.count_params(),
         "multiply_adds": count_cost(model).multiply_adds,
         "num_experts": max((layer.num_experts for layer in layers), default=0),
         "expert_weights": sum(map(_expert_weights, layers)),
         "mixed_weights": sum(map(_expert_weights, mixed)),
     }
-    return facts | _surroundings()
 
 
 def _expert_weights(layer: Any) -> int:
