@@ -76,28 +76,39 @@ def logits_and_gradients(model: keras.Model) -> tuple[np.ndarray, list[np.ndarra
     return model(images, training=False).numpy(), [np.asarray(each) for each in gradients]
 
 
-@pytest.mark.parametrize("remake", [official_loop.of_network, official_loop.with_our_layers])
-def test_the_official_loop_computes_what_our_network_does(remake):
-    model = tiny()
-    loop = remake(model)
-    loop.set_weights(model.get_weights())
-    looped = [layer for layer in loop.layers if type(layer).__name__.startswith("Looped")]
-    assert len(looped) == 8
-    ours = [layer for layer in loop.layers if isinstance(layer, BatchNormalization)]
-    assert bool(ours) == (remake is official_loop.with_our_layers)
-    logits, gradients = logits_and_gradients(model)
-    same_logits, same_gradients = logits_and_gradients(loop)
+@pytest.fixture
+def replace(monkeypatch):
+    def put(replacements):
+        for kind, name, method in replacements:
+            monkeypatch.setattr(kind, name, method)
+
+    return put
+
+
+@pytest.mark.parametrize("loop", [official_loop.in_keras_layers, official_loop.in_our_layers])
+def test_the_official_loop_computes_what_our_network_does(loop, replace, monkeypatch):
+    logits, gradients = logits_and_gradients(tiny())
+    replace(loop())
+    split, fused = [], []
+    each, fuse = official_loop._each, tf.raw_ops.FusedBatchNormV3
+    monkeypatch.setattr(official_loop, "_each", lambda *given: split.append(1) or each(*given))
+    monkeypatch.setattr(
+        tf.raw_ops, "FusedBatchNormV3", lambda **given: fused.append(1) or fuse(**given)
+    )
+    same_logits, same_gradients = logits_and_gradients(tiny())
+    assert len(split) >= 2 * 8  # conditional layers, in training and in inference
+    assert bool(fused) == (loop is official_loop.in_our_layers)
     assert np.abs(same_logits - logits).max() <= 1e-5 * np.abs(logits).max()
     largest = max(np.abs(gradient).max() for gradient in gradients)
     for gradient, same in zip(gradients, same_gradients, strict=True):
         assert np.abs(same - gradient).max() <= 1e-4 * max(np.abs(gradient).max(), 1e-2 * largest)
 
 
-def test_the_official_loop_needs_a_batch_of_known_size():
+def test_the_official_loop_needs_a_batch_of_known_size(replace):
+    model = tiny()
+    replace(official_loop.in_our_layers())
     with pytest.raises(ValueError, match="batch of a known size"):
-        contenders.inference_step(
-            official_loop.of_network(tiny()), Task(**{**vars(TASK), "dynamic_batch": True})
-        )()
+        contenders.inference_step(model, Task(**{**vars(TASK), "dynamic_batch": True}))()
 
 
 @pytest.mark.parametrize(

@@ -171,20 +171,20 @@ class Comparison(Task):
             found |= build[name]()
         return found
 
-    def _ours(self, num_experts: int, form: str, remake: str | None = None) -> Contender:
+    def _ours(self, num_experts: int, form: str, replaced: str | None = None) -> Contender:
         arguments = {"name": self.model, "num_experts": num_experts, "width": self.width}
         arguments |= {"num_classes": self.num_classes, "image_size": self.image_size}
-        return self._network(self.create, arguments, form, remake)
+        return self._network(self.create, arguments, form, replaced)
 
     def _loops(self) -> dict[str, Contender]:
         module = "condconv.engine.official_loop"
-        remakes = {
-            "official loop": f"{module}:of_network",
-            "official loop, our batch norm": f"{module}:with_our_layers",
+        replacements = {
+            "official loop": f"{module}:in_keras_layers",
+            "official loop, our batch norm": f"{module}:in_our_layers",
         }
         return {
-            name: self._ours(self.num_experts, "variables", remake)
-            for name, remake in remakes.items()
+            name: self._ours(self.num_experts, "variables", replaced)
+            for name, replaced in replacements.items()
         }
 
     def _applications(self) -> dict[str, Contender]:
@@ -194,10 +194,10 @@ class Comparison(Task):
         return {"keras.applications": made}
 
     def _network(
-        self, create: str, arguments: Mapping[str, Any], form: str, remake: str | None = None
+        self, create: str, arguments: Mapping[str, Any], form: str, replaced: str | None = None
     ) -> Contender:
         given = {"create": create, "arguments": arguments, "task": self._task(form=form)}
-        given |= {"remake": remake, "costs": create == self.create}
+        given |= {"replaced": replaced, "costs": create == self.create}
         return self._keras(f"{_KERAS}:network", given)
 
     def _keras(self, make: str, arguments: Mapping[str, Any]) -> Contender:

@@ -29,7 +29,7 @@ def network(
     create: str,
     arguments: Mapping[str, Any],
     task: Mapping[str, Any],
-    remake: str | None = None,
+    replaced: str | None = None,
     costs: bool = True,
 ) -> Made:
     """Returns the rounds of a network, without our dropout and stochastic depth.
@@ -38,18 +38,21 @@ def network(
         create: "module:function" that makes it.
         arguments: of this function.
         task: the fields of a ``Task``.
-        remake: "module:function" that makes another network of it, or None.
+        replaced: "module:function" that gives classes, names of their methods and other methods,
+            to be used in this process.
         costs: whether its facts hold what it costs.
     """
     todo = Task(**task)
     keras.config.set_dtype_policy(todo.precision)
     keras.utils.set_random_seed(_SEED)
-    made = _made(create, arguments)
-    model = made if remake is None else _function(remake)(made)
+    factory = _function(create)  # which loads the layers that methods are replaced of
+    for kind, name, method in _function(replaced)() if replaced else ():
+        setattr(kind, name, method)
+    model = _made(factory, arguments)
     _turn_off_noise(model)
     step = training_step(model, todo) if todo.mode == "train" else inference_step(model, todo)
     rounds = {"steps": steps(step, todo.batch_size, todo.seconds)}
-    return Made(rounds, lambda: (_costs(made) if costs else {}) | _surroundings())
+    return Made(rounds, lambda: (_costs(model) if costs else {}) | _surroundings())
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -57,9 +60,9 @@ def _function(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)
 
 
-def _made(create: str, arguments: Mapping[str, Any]) -> keras.Model:
+def _made(factory: Callable[..., keras.Model], arguments: Mapping[str, Any]) -> keras.Model:
     try:
-        return _function(create)(**arguments)
+        return factory(**arguments)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error).split("\n")[0]) from error
 

@@ -3,6 +3,9 @@
 As tensorflow/tpu, models/official/efficientnet/condconv has it: the kernels of all examples are
 mixed by one matrix product, the batch is split, each example is convolved alone, and the results
 are joined. So the batch has to be known, and the graph grows with it. TensorFlow only.
+
+It comes as methods to put into our layers before a network is made, so that the process that
+measures it holds one network and makes one.
 """
 
 from collections.abc import Callable
@@ -14,32 +17,29 @@ import tensorflow as tf
 from condconv import CondConv2D, CondDense, DepthwiseCondConv2D
 
 Tensor = Any
+Replacement = tuple[type, str, Callable[..., Tensor]]
 
 
-def of_network(model: keras.Model) -> keras.Model:
-    """Returns the network with the loop in every conditional layer, else of Keras' own layers.
-
-    Its weights are new ones, in the same order as the network's.
-    """
-    return keras.models.clone_model(model, clone_function=_official)
-
-
-def with_our_layers(model: keras.Model) -> keras.Model:
-    """Returns the network with the loop in every conditional layer, and the rest as it is."""
-    return keras.models.clone_model(model, clone_function=_looped)
-
-
-def _official(layer: keras.layers.Layer) -> keras.layers.Layer:
-    """Copies a layer, into Keras' own kind where ours only computes the same faster."""
-    for kind in (keras.layers.BatchNormalization, keras.layers.DepthwiseConv2D):
-        if isinstance(layer, kind):
-            return kind.from_config(layer.get_config())
-    return _looped(layer)
+def in_keras_layers() -> list[Replacement]:
+    """Returns the loop, and Keras' own methods where ours only compute the same faster."""
+    return [
+        *in_our_layers(),
+        *(
+            (ours, "call", kind.call)
+            for kind in (keras.layers.BatchNormalization, keras.layers.DepthwiseConv2D)
+            for ours in kind.__subclasses__()
+            if ours.__module__.startswith("condconv.")
+        ),
+    ]
 
 
-def _looped(layer: keras.layers.Layer) -> keras.layers.Layer:
-    kind = _LOOPS.get(type(layer), type(layer))
-    return kind.from_config(layer.get_config())
+def in_our_layers() -> list[Replacement]:
+    """Returns the loop alone, for every conditional layer: class, name and new method."""
+    return [
+        (CondConv2D, "apply_experts", _convolve),
+        (DepthwiseCondConv2D, "apply_experts", _convolve_depthwise),
+        (CondDense, "apply_experts", _multiply),
+    ]
 
 
 def _mix(experts: Tensor, routing_weights: Tensor, dtype: Any) -> Tensor:
@@ -58,50 +58,25 @@ def _each(x: Tensor, kernels: Tensor, apply: Callable[[Tensor, Tensor], Tensor])
     return tf.concat([apply(example, kernel) for example, kernel in pairs], axis=0)
 
 
-class LoopedConv2D(CondConv2D):
-    """``CondConv2D`` as the authors compute it."""
+def _convolve(layer: CondConv2D, x: Tensor, routing_weights: Tensor, *_: Any, **__: Any) -> Tensor:
+    def apply(example: Tensor, kernel: Tensor) -> Tensor:
+        padding, dilations = layer.padding.upper(), layer.dilation_rate
+        return tf.nn.convolution(example, kernel, layer.strides, padding, dilations=dilations)
 
-    def apply_experts(self, x: Tensor, routing_weights: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Convolves each example by a convolution of its own."""
-        kernels = _mix(self.kernel, routing_weights, x.dtype)
-
-        def apply(example: Tensor, kernel: Tensor) -> Tensor:
-            return tf.nn.convolution(
-                example, kernel, self.strides, self.padding.upper(), dilations=self.dilation_rate
-            )
-
-        return _each(x, kernels, apply)
+    return _each(x, _mix(layer.kernel, routing_weights, x.dtype), apply)
 
 
-class LoopedDepthwiseConv2D(DepthwiseCondConv2D):
-    """``DepthwiseCondConv2D`` as the authors compute it."""
+def _convolve_depthwise(
+    layer: DepthwiseCondConv2D, x: Tensor, routing_weights: Tensor, *_: Any, **__: Any
+) -> Tensor:
+    def apply(example: Tensor, kernel: Tensor) -> Tensor:
+        padding, dilations = layer.padding.upper(), layer.dilation_rate
+        strides = (1, *layer.strides, 1)
+        return tf.nn.depthwise_conv2d(example, kernel, strides, padding, dilations=dilations)
 
-    def apply_experts(self, x: Tensor, routing_weights: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Convolves each example by a depthwise convolution of its own."""
-        kernels = _mix(self.kernel, routing_weights, x.dtype)
-
-        def apply(example: Tensor, kernel: Tensor) -> Tensor:
-            return tf.nn.depthwise_conv2d(
-                example,
-                kernel,
-                (1, *self.strides, 1),
-                self.padding.upper(),
-                dilations=self.dilation_rate,
-            )
-
-        return _each(x, kernels, apply)
+    return _each(x, _mix(layer.kernel, routing_weights, x.dtype), apply)
 
 
-class LoopedDense(CondDense):
-    """``CondDense`` as the authors would compute it; they published none."""
-
-    def apply_experts(self, x: Tensor, routing_weights: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Multiplies each example with a kernel of its own."""
-        return _each(x, _mix(self.kernel, routing_weights, x.dtype), tf.matmul)
-
-
-_LOOPS = {
-    CondConv2D: LoopedConv2D,
-    DepthwiseCondConv2D: LoopedDepthwiseConv2D,
-    CondDense: LoopedDense,
-}
+def _multiply(layer: CondDense, x: Tensor, routing_weights: Tensor, *_: Any, **__: Any) -> Tensor:
+    """As they would have done it: they published no conditional dense layer."""
+    return _each(x, _mix(layer.kernel, routing_weights, x.dtype), tf.matmul)
