@@ -60,7 +60,7 @@ def import_network(
     return network, {
         "network": name,
         "num_experts": num_experts,
-        "same_as": f"timm's {like.name}" if like else f"TensorFlow 1's {_scope(source)}",
+        "same_as": f"timm's {like.name}" if like else "the authors' TensorFlow 1 graph",
         **_weights(source, names),
         "classes": network.output.shape[-1],
         "background_dropped": values is not source.values,
@@ -112,9 +112,8 @@ def _assign(
     try:
         released.assign(network, values, names, released_timm.timm_layout)
     except ValueError as error:
-        if source.architecture not in (None, like.name):
-            raise ValueError(f"timm's {source.architecture} is not {like.name}: {error}") from error
-        raise
+        this = f"timm's {source.architecture}" if source.architecture else "this"
+        raise ValueError(f"{this} is not timm's {like.name}: {error}") from error
     released_timm.check_known(source.architecture, like)
 
 

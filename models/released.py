@@ -21,7 +21,6 @@ Layout = Callable[[str, tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]
 _WEIGHTS_OF_NORM = ("gamma", "beta", "moving_mean", "moving_variance")
 _PARTS = ("expand", "depthwise", "se_reduce", "se_expand", "project")  # as they are created
 _COUNTED = re.compile(r"(.*/)?((?:depthwise_)?(?:cond_)?conv2d)(?:_(\d+))?/([^/]+)")
-_NAMED = 100  # differences of a kind; more are another network's
 
 
 def variables_of(model: keras.Model) -> dict[str, keras.Variable]:
@@ -136,7 +135,7 @@ def assign(
         if name in values and not _has_shape(values[name], layouts[path][0])
     ]
     kinds = {"missing": missing, "left over": left_over, "misshapen": misshapen}
-    if problems := [f"{kind}: {_list(found)}" for kind, found in kinds.items() if found]:
+    if problems := [f"{kind}: {', '.join(found)}" for kind, found in kinds.items() if found]:
         raise ValueError(f"the checkpoint does not fit {model.name}:\n  " + "\n  ".join(problems))
     for path, name in names.items():
         _, axes = layouts[path]
@@ -147,11 +146,6 @@ def assign(
 
 def _has_shape(value: np.ndarray, shape: tuple[int, ...]) -> bool:
     return value.shape == shape or (len(shape) == 2 and value.shape == (1, 1, *shape))
-
-
-def _list(found: list[str]) -> str:
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return ", ".join(found[:_NAMED]) + more
 
 
 def _keras_weight(layer: str, weight: str) -> str:

@@ -271,6 +271,13 @@ def test_a_damaged_or_hostile_safetensors_file_ends_in_one_line(kind, tmp_path):
         published.read(str(path))
 
 
+def test_numbers_that_numpy_does_not_have_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(header({"a": {**tensor([8], 0, 16), "dtype": "BF16"}}))
+    with pytest.raises(UsageError, match="numbers of type 'BF16': save them as F32"):
+        published.read(str(path))
+
+
 @pytest.mark.parametrize("ending", [".pth", ".pt", ".bin", ".pth.tar"])
 def test_a_pickle_is_never_opened(ending, tmp_path):
     path = tmp_path / f"model{ending}"
@@ -313,7 +320,9 @@ def test_the_network_of_a_file_is_read_beside_it(tmp_path):
 
 def test_another_network_of_timm_is_refused_by_its_name():
     other = state_dict("mobilenetv2_100", architecture="mobilenetv2_110d")
-    with pytest.raises(ValueError, match="mobilenetv2_110d is not mobilenetv1_100.*\n.*missing"):
+    with pytest.raises(
+        ValueError, match="timm's mobilenetv2_110d is not timm's mobilenetv1_100.*\n.*missing"
+    ):
         import_network(other, "mobilenet_v1")
     with pytest.raises(ValueError, match="mobilenetv1_tv has the weights of mobilenetv1_100, but"):
         released_timm.check_known("mobilenetv1_tv", OURS["mobilenetv1_100"])

@@ -98,7 +98,11 @@ def _read_timm(path: epath.Path) -> Published:
     metadata = notes.get("__metadata__") or {}
     config = _config(path.parent / "config.json")
     return Published(
-        {name: v.astype(np.float32) for name, v in values.items() if not _is_count(name)},
+        {
+            name: v.astype(np.float32, copy=False)
+            for name, v in values.items()
+            if not _is_count(name)
+        },
         is_timm=True,
         architecture=_text(metadata.get("architecture") or config.get("architecture")),
         normalization=_normalization(config.get("pretrained_cfg")),
