@@ -36,7 +36,12 @@ _HOMES = {
     "Routing": "condconv.layers",
     "count_cost": "condconv.cost",
 }
-_WITH_LAYERS = ("condconv.layers", "condconv.normalization", "condconv.stochastic")
+_WITH_LAYERS = (
+    "condconv.depthwise",
+    "condconv.layers",
+    "condconv.normalization",
+    "condconv.stochastic",
+)
 
 
 def _register_layers() -> None:

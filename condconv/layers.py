@@ -19,6 +19,7 @@ import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
 from condconv import ops as conditional
+from condconv.formulations import Geometry
 from condconv.normalization import at_least_float32
 
 Tensor = Any
@@ -336,7 +337,15 @@ class _Conditional(keras.layers.Layer):
 
 
 class _ConditionalConv(_Conditional):
-    """What the two convolutions share: the geometry of their window."""
+    """What the two convolutions share: the geometry of their window, and how it is computed.
+
+    Attributes:
+        formulation: how the convolution is computed, one of those of ``condconv.ops``; None, as it
+            begins, picks the fastest for each call. It changes no result, and is not saved: a file
+            binds no machine that loads it.
+    """
+
+    operation: str  # of condconv.ops
 
     def __init__(
         self,
@@ -348,6 +357,7 @@ class _ConditionalConv(_Conditional):
         **kwargs: Any,
     ):
         super().__init__(num_experts, **kwargs)
+        self.formulation: str | None = None
         self.kernel_size = _pair(kernel_size, "kernel_size")
         self.strides = _pair(strides, "strides")
         self.dilation_rate = _pair(dilation_rate, "dilation_rate")
@@ -361,8 +371,33 @@ class _ConditionalConv(_Conditional):
             )
 
     @property
-    def _geometry(self) -> tuple:
-        return self.strides, self.padding, self.dilation_rate
+    def _geometry(self) -> Geometry:
+        return Geometry(self.strides, self.padding, self.dilation_rate)
+
+    def choose_formulation(
+        self, inputs_shape: Shape, training: bool = False, xla: bool | None = None
+    ) -> conditional.Choice:
+        """Returns how such inputs would be computed where ``formulation`` is None, and why.
+
+        Args:
+            inputs_shape: of the inputs; None for what is unknown while tracing.
+            training: whether a gradient will be asked for.
+            xla: whether XLA compiles the call; None for what holds where this is called.
+        """
+        batch, *rest = inputs_shape
+        first = self._channel_axis == 1
+        *sizes, channels = (*rest[1:], rest[0]) if first else rest
+        case = conditional.here(
+            kernel_size=self.kernel_size,
+            geometry=self._geometry,
+            batch=batch,
+            sizes=tuple(sizes),
+            channels=channels,
+            multiplier=getattr(self, "depth_multiplier", 1),
+            training=training,
+            **({} if xla is None else {"xla": xla}),
+        )
+        return conditional.choose(self.operation, case)
 
     def build(self, inputs_shape: Shape, routing_weights_shape: Shape | None = None) -> None:
         """Makes the weights for images of shape ``inputs_shape``."""
@@ -432,6 +467,8 @@ class CondConv2D(_ConditionalConv):
         ValueError: if an argument is out of range, or routing weights do not fit.
     """
 
+    operation = "conv2d"
+
     def __init__(
         self,
         filters: int,
@@ -473,8 +510,8 @@ class CondConv2D(_ConditionalConv):
 
     def apply_experts(self, x: Tensor, routing_weights: Tensor, training: bool) -> Tensor:
         """Mixes the kernels and convolves each example with its own."""
-        kernels = ops.cast(conditional.mix(self.kernel, routing_weights), x.dtype)
-        return conditional.conv2d(x, kernels, *self._geometry)
+        kernels = ops.cast(conditional.mix(self.kernel, routing_weights, training), x.dtype)
+        return conditional.conv2d(x, kernels, self._geometry, training, self.formulation)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of this layer."""
@@ -501,6 +538,8 @@ class DepthwiseCondConv2D(_ConditionalConv):
         ValueError: if an argument is out of range, or routing weights do not fit.
     """
 
+    operation = "depthwise_conv2d"
+
     def __init__(
         self,
         kernel_size: int | tuple[int, int],
@@ -524,8 +563,8 @@ class DepthwiseCondConv2D(_ConditionalConv):
 
     def apply_experts(self, x: Tensor, routing_weights: Tensor, training: bool) -> Tensor:
         """Mixes the kernels and convolves each example's channels with their own."""
-        kernels = ops.cast(conditional.mix(self.kernel, routing_weights), x.dtype)
-        return conditional.depthwise_conv2d(x, kernels, *self._geometry, training)
+        kernels = ops.cast(conditional.mix(self.kernel, routing_weights, training), x.dtype)
+        return conditional.depthwise_conv2d(x, kernels, self._geometry, training, self.formulation)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of this layer."""

@@ -1,38 +1,44 @@
-"""Convolutions whose kernel differs from example to example.
+"""Convolutions whose kernel differs from example to example, each computed as is fastest for it.
 
 Everything here is channels-last and stateless, and works with a batch of any size, known or not.
 The experts are mixed first and each example is convolved once with its own kernel: that is what
 keeps a CondConv at the cost of one convolution (arXiv:1904.04971, section 3).
 
+No framework has such a convolution, and none of the ways to compose it is the fastest everywhere:
+:func:`choose` picks one for the :class:`Case` at hand. Its thresholds come from timings of single
+layers on x86 CPUs; those for accelerators are estimates.
+
 Shapes use B for the batch, n for the experts, m for the depth multiplier.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
+from condconv import formulations
+from condconv.formulations import MOST_CONVOLUTIONS, Geometry, Pair, Tensor
 from condconv.normalization import at_least_float32
 
-Tensor = Any
-Pair = tuple[int, int]
-
-# A depthwise convolution that holds the batch in its channels loses to the compiled taps in
-# training when the map is smaller than this: its gradient grows with the number of channels.
-_SMALLEST_FOLDED_MAP = 4 * 4
+# With fewer numbers in an example, starting its own convolution costs more than folding it.
+_SMALLEST_UNFOLDED = 2**15
+# On smaller maps the gradient of a k×k convolution is slower for each example than for patches.
+_SMALLEST_LOOPED_MAP = 14 * 14
 
 
-def mix(experts: Tensor, routing_weights: Tensor) -> Tensor:
+def mix(experts: Tensor, routing_weights: Tensor, training: bool = False) -> Tensor:
     """Sums experts (n, …) with weights (B, n) into one kernel an example (B, …).
 
     The sum is taken in the experts' own precision and at least in float32, whatever that of the
-    activations.
+    activations. ``training``, whether a gradient will be asked for, changes no result.
     """
     dtype = at_least_float32(experts.dtype)
     flat = ops.cast(ops.reshape(experts, (experts.shape[0], -1)), dtype)
-    mixed = ops.matmul(ops.cast(routing_weights, dtype), flat)
+    own = training and keras.backend.backend() == "tensorflow" and not _in_xla()
+    matmul = formulations.matmul_of_experts if own else ops.matmul
+    mixed = matmul(ops.cast(routing_weights, dtype), flat)
     return ops.reshape(mixed, (-1, *experts.shape[1:]))
 
 
@@ -40,7 +46,8 @@ def dense(x: Tensor, experts: Tensor, routing_weights: Tensor) -> Tensor:
     """Applies to each example the mixture of dense kernels.
 
     Nothing is shared between the positions of a dense layer, so mixing first would write B
-    kernels to use each once. Σ r_e (x W_e) = (r ⊗ x) W needs none: one matrix product.
+    kernels to use each once. Σ r_e (x W_e) = (r ⊗ x) W needs none: one matrix product, within a
+    tenth of mixing for one example, and up to four times as fast for many.
 
     Args:
         x: (B, …, in).
@@ -58,126 +65,310 @@ def dense(x: Tensor, experts: Tensor, routing_weights: Tensor) -> Tensor:
     return ops.matmul(outer, ops.cast(ops.reshape(experts, (-1, units)), x.dtype))
 
 
-def conv2d(x: Tensor, kernels: Tensor, strides: Pair, padding: str, dilation_rate: Pair) -> Tensor:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What the choice of a formulation rests on.
+
+    Attributes:
+        kernel_size: height and width of the kernel.
+        geometry: strides, padding and dilation.
+        batch: examples; None if unknown while tracing.
+        sizes: height and width of the input, or None where unknown.
+        channels: of the input.
+        multiplier: the depth multiplier of a depthwise convolution.
+        training: whether a gradient will be asked for.
+        tensorflow: whether the backend is TensorFlow.
+        xla: whether XLA compiles the whole of it.
+        accelerator: whether there is a GPU or a TPU.
+    """
+
+    kernel_size: Pair
+    geometry: Geometry
+    batch: int | None
+    sizes: tuple[int | None, int | None]
+    channels: int
+    multiplier: int = 1
+    training: bool = False
+    tensorflow: bool = True
+    xla: bool = False
+    accelerator: bool = False
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether the kernel sees one position at a time."""
+        return self.kernel_size == (1, 1)
+
+    @property
+    def known_batch(self) -> bool:
+        """Whether there can be a convolution for each example in the graph."""
+        return bool(self.batch)
+
+    @property
+    def equal_strides(self) -> bool:
+        """Whether height and width have the same stride, as TensorFlow's operation wants it."""
+        return self.geometry.strides[0] == self.geometry.strides[1]
+
+    @property
+    def conv_gradient(self) -> bool:
+        """Whether a depthwise convolution can have a gradient of forward convolutions."""
+        plain = self.geometry.dilation_rate == (1, 1) and self.multiplier == 1
+        return self.tensorflow and plain and self.equal_strides
+
+    @property
+    def positions(self) -> int:
+        """Height times width of the input; 0 if unknown."""
+        height, width = self.sizes
+        return (height or 0) * (width or 0)
+
+    @property
+    def output_positions(self) -> int:
+        """Height times width of the output, but for what a valid window loses; 0 if unknown."""
+        rows, columns = self.geometry.strides
+        height, width = self.sizes
+        return -(-(height or 0) // rows) * -(-(width or 0) // columns)
+
+    @property
+    def large(self) -> bool:
+        """Whether each example is worth a depthwise convolution of its own."""
+        return self.batch == 1 or self.positions * self.channels >= _SMALLEST_UNFOLDED
+
+    @property
+    def slow_gradient(self) -> bool:
+        """Whether TensorFlow's gradient of a depthwise convolution loses to forward convolutions.
+
+        On a CPU it takes up to ten times as long where the kernel has more than nine positions,
+        and, once examples are folded, on maps smaller than 4×4.
+        """
+        many = self.kernel_size[0] * self.kernel_size[1] > 9
+        return self.training and self.conv_gradient and (many or 0 < self.positions < 16)
+
+
+class Choice(NamedTuple):
+    """A formulation, by name, and why it was picked."""
+
+    formulation: str
+    reason: str
+
+
+class _Formulation(NamedTuple):
+    compute: formulations.Convolution
+    possible: Callable[[Case], bool] = lambda case: True
+    needs: str = ""
+
+
+_OWN_GRADIENT = "TensorFlow, equal strides, no dilation and a depth multiplier of 1"
+_FORMULATIONS: dict[str, dict[str, _Formulation]] = {
+    "conv2d": {
+        "matmul": _Formulation(formulations.matmul, lambda c: c.pointwise, "a 1×1 kernel"),
+        "loop": _Formulation(formulations.loop, lambda c: c.known_batch, "a known batch"),
+        "map": _Formulation(formulations.map_examples, lambda c: c.tensorflow, "TensorFlow"),
+        "patches": _Formulation(formulations.patches, lambda c: c.tensorflow, "TensorFlow"),
+        "shifts": _Formulation(formulations.shifts),
+    },
+    "depthwise_conv2d": {
+        "taps": _Formulation(formulations.depthwise_taps),
+        "folding": _Formulation(
+            formulations.depthwise_folding, lambda c: c.equal_strides, "equal strides"
+        ),
+        "loop": _Formulation(
+            formulations.depthwise_loop,
+            lambda c: c.known_batch and c.equal_strides,
+            "a known batch and equal strides",
+        ),
+        "folding_conv_gradient": _Formulation(
+            formulations.depthwise_folding_conv_gradient, lambda c: c.conv_gradient, _OWN_GRADIENT
+        ),
+        "loop_conv_gradient": _Formulation(
+            formulations.depthwise_loop_conv_gradient,
+            lambda c: c.known_batch and c.conv_gradient,
+            f"a known batch, {_OWN_GRADIENT}",
+        ),
+    },
+    "static_depthwise_conv2d": {
+        "taps": _Formulation(formulations.depthwise_taps),
+        "plain": _Formulation(
+            formulations.depthwise_plain, lambda c: c.equal_strides, "equal strides"
+        ),
+        "conv_gradient": _Formulation(
+            formulations.depthwise_plain_conv_gradient, lambda c: c.conv_gradient, _OWN_GRADIENT
+        ),
+    },
+}
+
+_Rule = tuple[Callable[[Case], bool], str, str]
+# The first rule that holds decides: (whether it holds, the formulation, why).
+_RULES: dict[str, tuple[_Rule, ...]] = {
+    "conv2d": (
+        (lambda c: c.pointwise, "matmul", "a 1×1 convolution is a matrix product"),
+        (lambda c: c.batch == 1, "loop", "one example is one convolution"),
+        (lambda c: c.xla or not c.tensorflow, "shifts", "XLA gathers shifted inputs in one loop"),
+        (lambda c: c.batch == 0, "shifts", "TensorFlow has no convolution of no examples"),
+        (lambda c: c.accelerator, "patches", "one matrix product fills an accelerator"),
+        (
+            lambda c: c.training and c.output_positions < _SMALLEST_LOOPED_MAP,
+            "patches",
+            "on a small map the gradient of a convolution for each example is slow",
+        ),
+        (
+            lambda c: c.known_batch and c.batch <= MOST_CONVOLUTIONS,
+            "loop",
+            "the batch is known, and small enough for a convolution for each example",
+        ),
+        (lambda c: True, "map", "the batch is unknown, or too large to unroll"),
+    ),
+    "depthwise_conv2d": (
+        (lambda c: c.xla, "taps", "XLA fuses the shifted inputs into one loop"),
+        (lambda c: not c.equal_strides, "taps", "TensorFlow's operation takes equal strides"),
+        (lambda c: c.accelerator, "folding", "one operation fills an accelerator"),
+        (
+            lambda c: c.slow_gradient and c.known_batch and c.large,
+            "loop_conv_gradient",
+            "TensorFlow's gradient is slow here; each example is worth a convolution",
+        ),
+        (
+            lambda c: c.slow_gradient,
+            "folding_conv_gradient",
+            "TensorFlow's gradient is slow here; the batch is unknown, or an example small",
+        ),
+        (
+            lambda c: c.known_batch and c.large,
+            "loop",
+            "the batch is known, and each example worth a convolution",
+        ),
+        (lambda c: True, "folding", "the batch is unknown, or an example small"),
+    ),
+    "static_depthwise_conv2d": (
+        (lambda c: not c.equal_strides, "taps", "TensorFlow's operation takes equal strides"),
+        (lambda c: c.accelerator, "plain", "an accelerator's own operation is fast"),
+        (lambda c: c.xla, "taps", "XLA's depthwise convolution is slow on a CPU"),
+        (
+            lambda c: c.slow_gradient and not c.pointwise and c.geometry.strides == (1, 1),
+            "conv_gradient",
+            "TensorFlow's gradient of so large a kernel is slow",
+        ),
+        (lambda c: True, "plain", "TensorFlow's own operation is fast"),
+    ),
+}
+
+
+def choose(operation: str, case: Case) -> Choice:
+    """Returns the formulation that is taken where none is asked for, and why.
+
+    Args:
+        operation: "conv2d", "depthwise_conv2d" or "static_depthwise_conv2d".
+        case: what is known of the call.
+    """
+    return next(Choice(name, reason) for holds, name, reason in _RULES[operation] if holds(case))
+
+
+def possible(operation: str, case: Case) -> tuple[str, ...]:
+    """Returns the names of the formulations that can compute a case, which ``choose`` takes."""
+    return tuple(name for name, form in _FORMULATIONS[operation].items() if form.possible(case))
+
+
+def conv2d(
+    x: Tensor,
+    kernels: Tensor,
+    geometry: Geometry,
+    training: bool = False,
+    formulation: str | None = None,
+) -> Tensor:
     """Convolves each example with its own kernel.
 
     Args:
         x: (B, H, W, in).
         kernels: (B, kh, kw, in, filters), in the dtype of ``x``.
-        strides: of height and width.
-        padding: "valid" or "same" (TensorFlow's: the odd zero goes behind).
-        dilation_rate: of height and width.
+        geometry: strides, padding and dilation.
+        training: whether a gradient will be asked for; it decides the formulation only.
+        formulation: in place of the one that ``choose`` would pick.
 
     Returns:
         (B, H', W', filters).
+
+    Raises:
+        ValueError: for a formulation that there is not, or that cannot compute this case.
     """
-    kernel_size = tuple(kernels.shape[1:3])
-    x = _pad(x, kernel_size, strides, padding, dilation_rate)
-    # A convolution is a matrix product over patches, and a 1×1 patch is the pixel itself.
-    patches = list(_taps(x, kernel_size, strides, dilation_rate))
-    x = patches[0] if len(patches) == 1 else ops.concatenate(patches, axis=-1)
-    batch, height, width, channels = ops.shape(x)
-    filters = kernels.shape[-1]
-    y = ops.matmul(
-        ops.reshape(x, (batch, height * width, channels)),
-        ops.reshape(kernels, (-1, channels, filters)),
-    )
-    return ops.reshape(y, (batch, height, width, filters))
+    return _compute("conv2d", x, kernels, geometry, training, formulation)
 
 
 def depthwise_conv2d(
     x: Tensor,
     kernels: Tensor,
-    strides: Pair,
-    padding: str,
-    dilation_rate: Pair,
+    geometry: Geometry,
     training: bool = False,
+    formulation: str | None = None,
 ) -> Tensor:
     """Convolves each channel of each example with its own kernel.
 
     Args:
         x: (B, H, W, in).
         kernels: (B, kh, kw, in, m), in the dtype of ``x``.
-        strides: of height and width.
-        padding: "valid" or "same" (TensorFlow's: the odd zero goes behind).
-        dilation_rate: of height and width.
-        training: whether a gradient will be asked for; it decides the formulation only.
+        geometry, training, formulation: as in ``conv2d``.
 
     Returns:
         (B, H', W', in · m).
+
+    Raises:
+        ValueError: as ``conv2d``.
     """
-    form = _depthwise_formulation(x, strides, training)
-    return form(x, kernels, strides, padding, dilation_rate)
+    return _compute("depthwise_conv2d", x, kernels, geometry, training, formulation)
 
 
-def _depthwise_formulation(x: Tensor, strides: Pair, training: bool) -> Callable[..., Tensor]:
-    """The one place that picks how a depthwise convolution is computed."""
-    if _in_xla():
-        return _depthwise_by_taps  # XLA fuses the taps into one loop; its convolution is slow
-    height, width = x.shape[1:3]
-    small = None not in (height, width) and height * width < _SMALLEST_FOLDED_MAP
-    if training and small:
-        return _compiled_taps()
-    if strides[0] != strides[1]:
-        return _depthwise_by_taps  # the folded form rests on an operation with equal strides
-    return _depthwise_by_folding
-
-
-def _depthwise_by_folding(
-    x: Tensor, kernels: Tensor, strides: Pair, padding: str, dilation_rate: Pair
+def static_depthwise_conv2d(
+    x: Tensor,
+    kernel: Tensor,
+    geometry: Geometry,
+    training: bool = False,
+    formulation: str | None = None,
 ) -> Tensor:
-    """One depthwise convolution of one image, whose channels are those of all examples."""
-    if dilation_rate != (1, 1):  # TensorFlow pads these only for a known number of channels
-        kernel_size = tuple(kernels.shape[1:3])
-        x, padding = _pad(x, kernel_size, strides, padding, dilation_rate), "valid"
-    batch, height, width, channels = ops.shape(x)
-    kernel_height, kernel_width, _, multiplier = kernels.shape[1:]
-    all_channels = batch * channels
-    folded = ops.reshape(ops.transpose(x, (1, 2, 0, 3)), (1, height, width, all_channels))
-    kernel = ops.reshape(
-        ops.transpose(kernels, (1, 2, 0, 3, 4)),
-        (kernel_height, kernel_width, all_channels, multiplier),
-    )
-    # TensorFlow has no convolution without channels, so an empty batch gets one, to drop again.
-    # Padding and slicing (by `slice`, not by brackets) that change nothing copy nothing.
-    empty = int(batch == 0) if isinstance(batch, int) else ops.cast(ops.equal(batch, 0), "int32")
-    folded = ops.pad(folded, [(0, 0), (0, 0), (0, 0), (0, empty)])
-    kernel = ops.pad(kernel, [(0, 0), (0, 0), (0, empty), (0, 0)])
-    y = ops.depthwise_conv(
-        folded,
-        kernel,
-        strides=strides,
-        padding=padding,
-        data_format="channels_last",
-        dilation_rate=dilation_rate,
-    )
-    new_height, new_width = ops.shape(y)[1:3]
-    y = ops.slice(y, (0, 0, 0, 0), (1, new_height, new_width, all_channels * multiplier))
-    y = ops.reshape(y, (new_height, new_width, batch, channels * multiplier))
-    return ops.transpose(y, (2, 0, 1, 3))
+    """Convolves each channel with its kernel, which is that of all examples.
+
+    Args:
+        x: (B, H, W, in).
+        kernel: (kh, kw, in, m), in the dtype of ``x``.
+        geometry, training, formulation: as in ``conv2d``.
+
+    Returns:
+        (B, H', W', in · m).
+
+    Raises:
+        ValueError: as ``conv2d``.
+    """
+    kernels = ops.expand_dims(kernel, 0)
+    return _compute("static_depthwise_conv2d", x, kernels, geometry, training, formulation)
 
 
-def _depthwise_by_taps(
-    x: Tensor, kernels: Tensor, strides: Pair, padding: str, dilation_rate: Pair
+def _compute(
+    operation: str,
+    x: Tensor,
+    kernels: Tensor,
+    geometry: Geometry,
+    training: bool,
+    formulation: str | None,
 ) -> Tensor:
-    """The sum over the kernel's positions of the shifted input times one coefficient each."""
-    kernel_size = tuple(kernels.shape[1:3])
-    batch, _, _, channels, multiplier = ops.shape(kernels)
-    coefficients = ops.reshape(kernels, (batch, *kernel_size, 1, 1, channels, multiplier))
-    x = _pad(x, kernel_size, strides, padding, dilation_rate)
-    total = 0.0
-    for position, tap in enumerate(_taps(x, kernel_size, strides, dilation_rate)):
-        row, column = divmod(position, kernel_size[1])
-        total = total + ops.expand_dims(tap, -1) * coefficients[:, row, column]
-    return ops.reshape(total, (*ops.shape(total)[:3], channels * multiplier))
+    case = here(
+        kernel_size=tuple(kernels.shape[1:3]),
+        geometry=geometry,
+        batch=x.shape[0],
+        sizes=tuple(x.shape[1:3]),
+        channels=x.shape[3],
+        multiplier=1 if operation == "conv2d" else kernels.shape[4],
+        training=training,
+    )
+    name = formulation or choose(operation, case).formulation
+    if name not in possible(operation, case):
+        form = _FORMULATIONS[operation].get(name)
+        why = f"{name!r} needs {form.needs}" if form else f"there is no {name!r}"
+        others = ", ".join(possible(operation, case))
+        raise ValueError(f"formulation of {operation}: {why}; possible here: {others}")
+    return _FORMULATIONS[operation][name].compute(x, kernels, geometry)
 
 
-@functools.cache
-def _compiled_taps() -> Callable[..., Tensor]:
-    """The taps as one compiled function inside an otherwise uncompiled TensorFlow graph."""
-    import tensorflow as tf
-
-    return tf.function(_depthwise_by_taps, jit_compile=True)
+def here(**known: Any) -> Case:
+    """Returns the case of what is ``known``, on the backend, device and compiler in use."""
+    tensorflow = keras.backend.backend() == "tensorflow"
+    device = {"tensorflow": tensorflow, "xla": _in_xla(), "accelerator": _has_accelerator()}
+    return Case(**(device | known))
 
 
 def _in_xla() -> bool:
@@ -197,42 +388,14 @@ def _in_xla() -> bool:
     return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
-def _pad(x: Tensor, kernel_size: Pair, strides: Pair, padding: str, dilation_rate: Pair) -> Tensor:
-    """Adds the zeros of ``padding``, so that the convolution that follows is a valid one."""
-    if padding == "valid" or (kernel_size == (1, 1) and strides == (1, 1)):
-        return x
-    pads = [
-        _same_padding(size, k, s, d)
-        for size, k, s, d in zip(
-            ops.shape(x)[1:3], kernel_size, strides, dilation_rate, strict=True
-        )
-    ]
-    return ops.pad(x, [(0, 0), *pads, (0, 0)])
+def _has_accelerator() -> bool:
+    if keras.backend.backend() == "jax":
+        import jax
 
+        return jax.default_backend() != "cpu"
+    if keras.backend.backend() != "tensorflow":
+        return True
+    import tensorflow as tf
 
-def _same_padding(size: int | Tensor, kernel: int, stride: int, dilation: int) -> Pair:
-    """Zeros before and behind one axis; ``size`` is a tensor where it is not known yet."""
-    span = (kernel - 1) * dilation + 1
-    if stride == 1:
-        total = span - 1
-    else:
-        total = (-(-size // stride) - 1) * stride + span - size
-        total = max(total, 0) if isinstance(size, int) else ops.maximum(total, 0)
-    return total // 2, total - total // 2
-
-
-def _taps(x: Tensor, kernel_size: Pair, strides: Pair, dilation_rate: Pair):
-    """Yields, in the order of the kernel's positions, what each of them sees of a padded input."""
-    rows = _windows(kernel_size[0], strides[0], dilation_rate[0])
-    columns = _windows(kernel_size[1], strides[1], dilation_rate[1])
-    for row in rows:
-        for column in columns:
-            yield x[:, row, column]
-
-
-def _windows(kernel: int, stride: int, dilation: int) -> list[slice]:
-    """The slices of one axis, one for each position of the kernel, all of the same length."""
-    reach = (kernel - 1) * dilation
-    return [
-        slice(offset, offset - reach or None, stride) for offset in range(0, reach + 1, dilation)
-    ]
+    # Of physical devices: asking for logical ones would set up TensorFlow as it stands.
+    return any(tf.config.list_physical_devices(kind) for kind in ("GPU", "TPU"))

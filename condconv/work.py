@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import layers
 
+from condconv.depthwise import DepthwiseConv2D
 from condconv.layers import CondConv2D, CondDense, DepthwiseCondConv2D, Logits, Routing
 from condconv.normalization import BatchNormalization, PixelNormalization
 from condconv.stochastic import Dropout, StochasticDepth
@@ -113,7 +114,9 @@ _LAYERS: dict[type, Callable[[Any, list[Shape], Shape], Work]] = {
         (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose),
         _transposed_convolution,
     ),
-    **dict.fromkeys((layers.DepthwiseConv1D, layers.DepthwiseConv2D), _depthwise),
+    **dict.fromkeys(
+        (DepthwiseConv2D, layers.DepthwiseConv1D, layers.DepthwiseConv2D), _depthwise
+    ),
     **dict.fromkeys((layers.SeparableConv1D, layers.SeparableConv2D), _separable),
     layers.Dense: _dense,
     CondConv2D: lambda layer, i, o: _convolution(layer, i, o) + _mixing(layer),

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 
 from condconv import CondConv2D, CondDense, DepthwiseCondConv2D, Routing
+from condconv.depthwise import DepthwiseConv2D
 from condconv.normalization import BatchNormalization, at_least_float32
 from condconv.stochastic import Dropout, StochasticDepth
 
@@ -142,7 +143,7 @@ class Convs:
         }
         initializer = "kernel_initializer" if self._num_experts else "depthwise_initializer"
         arguments[initializer] = self.style.kernel_initializer
-        x = self._apply(x, part, keras.layers.DepthwiseConv2D, DepthwiseCondConv2D, arguments)
+        x = self._apply(x, part, DepthwiseConv2D, DepthwiseCondConv2D, arguments)
         return self._normalize(x, part, linear=False, gamma="ones")
 
     def dense(self, x: Tensor, part: str, units: int, kernel_initializer: Any) -> Tensor:
