@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from condconv.cost import Cost, count_cost
+    from condconv.folding import fold_batch_norm
     from condconv.layers import CondConv2D, CondDense, DepthwiseCondConv2D, Routing
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "DepthwiseCondConv2D",
     "Routing",
     "count_cost",
+    "fold_batch_norm",
 ]
 
 _HOMES = {
@@ -35,6 +37,7 @@ _HOMES = {
     "DepthwiseCondConv2D": "condconv.layers",
     "Routing": "condconv.layers",
     "count_cost": "condconv.cost",
+    "fold_batch_norm": "condconv.folding",
 }
 _WITH_LAYERS = (
     "condconv.depthwise",

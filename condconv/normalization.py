@@ -88,6 +88,54 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
 
 @keras.saving.register_keras_serializable(package="condconv")
+class BatchNormShift(keras.layers.Layer):
+    """What is left of a batch normalisation once its scale is in the layer before it.
+
+    A static convolution has a bias for the shift. The biases of experts are weighted by the
+    routing, whose weights do not sum to one, so after a conditional layer it is added here, at
+    least in float32 under every policy. ``count_cost`` accounts it as the normalisation it was.
+
+    Weights: ``bias`` (C,).
+
+    Args:
+        axis: that of the channels.
+    """
+
+    def __init__(self, axis: int = -1, **kwargs: Any):
+        super().__init__(autocast=False, **kwargs)
+        self.axis = int(axis)
+        self.supports_masking = True
+
+    def build(self, input_shape: tuple) -> None:
+        """Makes the bias (C,)."""
+        channels = input_shape[self.axis]
+        self.bias = self.add_weight(
+            name="bias", shape=(channels,), initializer="zeros", autocast=False
+        )
+
+    def call(self, inputs: Tensor) -> Tensor:
+        """Adds the bias to ``inputs`` (B, …), the same for all of a channel."""
+        dtype = at_least_float32(self.compute_dtype)
+        shape = [1] * len(inputs.shape)
+        shape[self.axis] = -1
+        y = ops.cast(inputs, dtype) + ops.reshape(ops.cast(self.bias, dtype), shape)
+        return ops.cast(y, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        """Returns ``input_shape``."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of this layer."""
+        return {**super().get_config(), "axis": self.axis}
+
+
+@keras.saving.register_keras_serializable(package="condconv")
+class FromBatchNorm(keras.initializers.Zeros):
+    """Zeros; marks a bias as the shift of a folded batch normalisation, in saved files too."""
+
+
+@keras.saving.register_keras_serializable(package="condconv")
 class PixelNormalization(keras.layers.Layer):
     """Maps pixels to (pixel − mean) / deviation, at least in float32 under every policy.
 

@@ -10,7 +10,12 @@ from keras import layers
 
 from condconv.depthwise import DepthwiseConv2D
 from condconv.layers import CondConv2D, CondDense, DepthwiseCondConv2D, Logits, Routing
-from condconv.normalization import BatchNormalization, PixelNormalization
+from condconv.normalization import (
+    BatchNormalization,
+    BatchNormShift,
+    FromBatchNorm,
+    PixelNormalization,
+)
 from condconv.stochastic import Dropout, StochasticDepth
 
 Shape = tuple[int, ...]
@@ -59,7 +64,12 @@ def _activation(layer: Any, inputs: list[Shape], output: Shape) -> Work:
 
 
 def _with_bias_and_activation(layer: Any, work: Work, output: Shape) -> Work:
-    bias = Work(elementwise=math.prod(output) if layer.use_bias else 0)
+    """A bias that a folded batch normalisation left is accounted as what it was: nothing.
+
+    So a folded network has the multiply-adds of the one it was made from, which the paper printed.
+    """
+    own_bias = layer.use_bias and not isinstance(layer.bias_initializer, FromBatchNorm)
+    bias = Work(elementwise=math.prod(output) if own_bias else 0)
     return work + bias + _activation(layer, [], output)
 
 
@@ -149,6 +159,7 @@ _LAYERS: dict[type, Callable[[Any, list[Shape], Shape], Work]] = {
     ),
     **dict.fromkeys(
         (
+            BatchNormShift,
             BatchNormalization,
             Dropout,
             Logits,
@@ -212,8 +223,19 @@ _OPERATIONS: dict[str, Callable[[Any, list[Shape], Shape], Work]] = {
 }
 
 
-# The methods that say what a layer computes: where a subclass has its own, nothing is known of it.
-_COMPUTING = ("call", "convolution_op", "apply_experts")
+# What says what a layer computes: where a subclass has its own, nothing is known of it.
+_COMPUTING = ("call", "convolution_op", "apply_experts", "kernel")
+
+
+def kind(operation: Any) -> type | None:
+    """Returns the known layer that computes as ``operation`` does; None where there is none."""
+    own = type(operation)
+    known = next((kind for kind in own.__mro__ if kind in _LAYERS), None)
+    if known is None or any(
+        getattr(own, m, None) is not getattr(known, m, None) for m in _COMPUTING
+    ):
+        return None
+    return known
 
 
 def counter(operation: Any) -> Callable[[Any, list[Shape], Shape], Work] | None:
@@ -221,13 +243,9 @@ def counter(operation: Any) -> Callable[[Any, list[Shape], Shape], Work] | None:
 
     It takes the operation, the shapes of its inputs and that of its output, without the batch.
     """
-    own = type(operation)
     if not isinstance(operation, keras.Layer):
-        return _OPERATIONS.get(own.__name__)
-    kind = next((kind for kind in own.__mro__ if kind in _LAYERS), None)
-    if kind is None or any(getattr(own, m, None) is not getattr(kind, m, None) for m in _COMPUTING):
-        return None
-    return _LAYERS[kind]
+        return _OPERATIONS.get(type(operation).__name__)
+    return _LAYERS.get(kind(operation))
 
 
 def extras(operation: Any) -> list[str]:
