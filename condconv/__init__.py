@@ -40,6 +40,7 @@ _HOMES = {
     "fold_batch_norm": "condconv.folding",
 }
 _WITH_LAYERS = (
+    "condconv.activation",
     "condconv.depthwise",
     "condconv.layers",
     "condconv.normalization",

@@ -19,6 +19,7 @@ import keras
 from keras import ops
 
 from condconv import formulations
+from condconv.device import has_accelerator, in_xla
 from condconv.formulations import MOST_CONVOLUTIONS, Geometry, Pair, Tensor
 from condconv.normalization import at_least_float32
 
@@ -36,7 +37,7 @@ def mix(experts: Tensor, routing_weights: Tensor, training: bool = False) -> Ten
     """
     dtype = at_least_float32(experts.dtype)
     flat = ops.cast(ops.reshape(experts, (experts.shape[0], -1)), dtype)
-    own = training and keras.backend.backend() == "tensorflow" and not _in_xla()
+    own = training and keras.backend.backend() == "tensorflow" and not in_xla()
     matmul = formulations.matmul_of_experts if own else ops.matmul
     mixed = matmul(ops.cast(routing_weights, dtype), flat)
     return ops.reshape(mixed, (-1, *experts.shape[1:]))
@@ -199,6 +200,11 @@ _Rule = tuple[Callable[[Case], bool], str, str]
 # The first rule that holds decides: (whether it holds, the formulation, why).
 _RULES: dict[str, tuple[_Rule, ...]] = {
     "conv2d": (
+        (
+            lambda c: c.batch == 1 and not (c.training or c.xla),
+            "loop",
+            "one example is one convolution, which TensorFlow fuses with what follows",
+        ),
         (lambda c: c.pointwise, "matmul", "a 1×1 convolution is a matrix product"),
         (lambda c: c.batch == 1, "loop", "one example is one convolution"),
         (lambda c: c.xla or not c.tensorflow, "shifts", "XLA gathers shifted inputs in one loop"),
@@ -367,35 +373,5 @@ def _compute(
 def here(**known: Any) -> Case:
     """Returns the case of what is ``known``, on the backend, device and compiler in use."""
     tensorflow = keras.backend.backend() == "tensorflow"
-    device = {"tensorflow": tensorflow, "xla": _in_xla(), "accelerator": _has_accelerator()}
+    device = {"tensorflow": tensorflow, "xla": in_xla(), "accelerator": has_accelerator()}
     return Case(**(device | known))
-
-
-def _in_xla() -> bool:
-    """Whether what is being traced now will be compiled by XLA as a whole."""
-    if keras.backend.backend() == "jax":
-        return True
-    if keras.backend.backend() != "tensorflow":
-        return False
-    import tensorflow as tf
-
-    if tf.executing_eagerly():
-        return False
-    try:
-        from tensorflow.python.ops import control_flow_util
-    except ImportError:  # not a public module: without it the uncompiled forms are right, if slow
-        return False
-    return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
-
-
-def _has_accelerator() -> bool:
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.default_backend() != "cpu"
-    if keras.backend.backend() != "tensorflow":
-        return True
-    import tensorflow as tf
-
-    # Of physical devices: asking for logical ones would set up TensorFlow as it stands.
-    return any(tf.config.list_physical_devices(kind) for kind in ("GPU", "TPU"))

@@ -61,7 +61,7 @@ class Style:
             zero in training; those left are scaled up. A block's convolutions share the draw.
     """
 
-    activation: str = "relu"
+    activation: str | Callable[[Tensor], Tensor] = "relu"
     kernel_initializer: Any = "he_normal"
     batch_norm_momentum: float = 0.99
     batch_norm_epsilon: float = 1e-3

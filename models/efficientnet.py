@@ -10,6 +10,7 @@ import math
 
 import keras
 
+from condconv.activation import swish
 from models.blocks import Stage, Style, inverted_bottleneck
 from models.network import Network, Normalization, round_filters, scale
 
@@ -72,7 +73,7 @@ def efficientnet_b0(
         name="efficientnet_b0",
         stages=stages,
         style=Style(
-            activation="silu",
+            activation=swish,
             kernel_initializer=keras.initializers.VarianceScaling(
                 2.0, "fan_out", "untruncated_normal"
             ),

@@ -88,10 +88,14 @@ def inference_step(model: keras.Model, task: Task) -> Step:
 
 def training_step(model: keras.Model, task: Task) -> Step:
     """Returns a function that makes one step of training and fetches the loss."""
-    optimizer = keras.optimizers.SGD(task.learning_rate, momentum=task.momentum)
-    optimizer.build(model.trainable_variables)
     if keras.backend.backend() == "jax":
+        optimizer = keras.optimizers.SGD(task.learning_rate, momentum=task.momentum)
+        optimizer.build(model.trainable_variables)
         return _jax_training(model, optimizer, task)
+    from condconv.engine.optimization import momentum  # that of train.py
+
+    optimizer = momentum(task.learning_rate, task.momentum)
+    optimizer.build(model.trainable_variables)
     return _tensorflow_training(model, optimizer, task)
 
 

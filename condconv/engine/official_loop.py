@@ -14,16 +14,17 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from condconv import CondConv2D, CondDense, DepthwiseCondConv2D
+from condconv import CondConv2D, CondDense, DepthwiseCondConv2D, activation
 
 Tensor = Any
-Replacement = tuple[type, str, Callable[..., Tensor]]
+Replacement = tuple[Any, str, Callable[..., Any]]
 
 
 def in_keras_layers() -> list[Replacement]:
     """Returns the loop, and Keras' own methods where ours only compute the same faster."""
     return [
         *in_our_layers(),
+        (activation, "_with_compiled_gradient", lambda: keras.ops.silu),
         *(
             (ours, "call", kind.call)
             for kind in (keras.layers.BatchNormalization, keras.layers.DepthwiseConv2D)

@@ -201,7 +201,10 @@ def polynomial(
 
 
 class _Optimizer(keras.optimizers.Optimizer):
-    """An optimizer of TensorFlow 1: the buffers of each variable, and a rule for one step."""
+    """An optimizer of TensorFlow 1: the buffers of each variable, and its operation for one step.
+
+    That passes over memory once, where the same in single operations takes twice as long.
+    """
 
     buffers: dict[str, str] = {}  # initializer by name
 
@@ -222,6 +225,10 @@ class _Optimizer(keras.optimizers.Optimizer):
             ]
             setattr(self, buffer, made)
 
+    def buffer(self, name: str, variable: Any) -> tf.Tensor:
+        """Returns the handle of a variable's buffer, on this replica."""
+        return getattr(self, name)[self._get_variable_index(variable)].value.handle
+
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
         """Leaves gradients as they are: the training step has summed them over the replicas."""
         return grads_and_vars
@@ -235,12 +242,14 @@ class _Momentum(_Optimizer):
         self.nesterov = nesterov
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        buffer = self.momentums[self._get_variable_index(variable)]
-        rate = tf.cast(learning_rate, variable.dtype)
-        moved = buffer * self.momentum + gradient
-        buffer.assign(moved)
-        direction = gradient + self.momentum * moved if self.nesterov else moved
-        variable.assign_sub(rate * direction)
+        tf.raw_ops.ResourceApplyMomentum(
+            var=variable.handle,
+            accum=self.buffer("momentums", variable),
+            lr=tf.cast(learning_rate, variable.dtype),
+            grad=gradient,
+            momentum=self.momentum,
+            use_nesterov=self.nesterov,
+        )
 
 
 class _RMSProp(_Optimizer):
@@ -253,14 +262,16 @@ class _RMSProp(_Optimizer):
         self.decay, self.epsilon = decay, epsilon
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        index = self._get_variable_index(variable)
-        square, buffer = self.mean_squares[index], self.momentums[index]
-        rate = tf.cast(learning_rate, variable.dtype)
-        mean = square * self.decay + tf.square(gradient) * (1 - self.decay)
-        moved = buffer * self.momentum + rate * gradient * tf.math.rsqrt(mean + self.epsilon)
-        square.assign(mean)
-        buffer.assign(moved)
-        variable.assign_sub(moved)
+        tf.raw_ops.ResourceApplyRMSProp(
+            var=variable.handle,
+            ms=self.buffer("mean_squares", variable),
+            mom=self.buffer("momentums", variable),
+            lr=tf.cast(learning_rate, variable.dtype),
+            rho=self.decay,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            grad=gradient,
+        )
 
 
 @gin.register(denylist=["learning_rate"])
