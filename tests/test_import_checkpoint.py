@@ -390,7 +390,7 @@ def test_the_command(tmp_path):
     output.unlink()
     (tmp_path / "x.safetensors").write_bytes(b"half")
     for source, code, said in (
-        (prefix, 2, "misshapen: MobilenetV1/Conv2d_0/BatchNorm/beta has (8,), not (32,)"),
+        (prefix, 2, "MobilenetV1/Conv2d_0/BatchNorm/beta has (8,), not (32,)"),
         (str(tmp_path / "x.pth"), 2, "is a pickle"),
         (str(tmp_path / "x.safetensors"), 1, "is damaged"),
     ):
