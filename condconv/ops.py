@@ -211,6 +211,11 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
         (lambda c: c.batch == 0, "shifts", "TensorFlow has no convolution of no examples"),
         (lambda c: c.accelerator, "patches", "one matrix product fills an accelerator"),
         (
+            lambda c: c.training and c.geometry.dilation_rate != (1, 1),
+            "patches",
+            "TensorFlow has no gradient of a dilated convolution in every precision",
+        ),
+        (
             lambda c: c.training and c.output_positions < _SMALLEST_LOOPED_MAP,
             "patches",
             "on a small map the gradient of a convolution for each example is slow",

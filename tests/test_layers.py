@@ -446,42 +446,6 @@ def check_by_differences(
         )
 
 
-@tf_only
-@pytest.mark.parametrize(
-    ("size", "strides", "training", "mode", "expected"),
-    [
-        ((3, 5), (1, 1), True, "eager", "_compiled_taps"),
-        ((3, 5), (1, 1), True, "function", "_compiled_taps"),
-        ((3, 5), (1, 1), False, "eager", "_depthwise_by_folding"),
-        ((3, 5), (1, 1), False, "function", "_depthwise_by_folding"),
-        ((4, 4), (2, 2), True, "eager", "_depthwise_by_folding"),
-        ((4, 4), (2, 2), True, "function", "_depthwise_by_folding"),
-        ((4, 4), (1, 2), True, "eager", "_depthwise_by_taps"),
-        ((None, 3), (1, 1), True, "function", "_depthwise_by_folding"),
-        ((3, 3), (1, 1), True, "jit", "_depthwise_by_taps"),
-        ((9, 9), (1, 1), False, "jit", "_depthwise_by_taps"),
-    ],
-)
-def test_each_formulation_of_depthwise_is_reached(
-    size: tuple, strides: tuple, training: bool, mode: str, expected: str
-):
-    import tensorflow as tf
-
-    picked = []
-
-    def pick(x: tf.Tensor) -> tf.Tensor:
-        picked.append(conditional._depthwise_formulation(x, strides, training))
-        return x
-
-    if mode == "eager":
-        pick(tf.zeros((2, *size, 3)))
-    else:
-        graph = tf.function(pick, jit_compile=mode == "jit")
-        graph.get_concrete_function(tf.TensorSpec((2, *size, 3)))
-    function = getattr(conditional, expected)
-    assert picked == [function() if expected == "_compiled_taps" else function]
-
-
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("shape", [(3, 4, 5, CHANNELS), (3, CHANNELS)], ids=str)
 @pytest.mark.parametrize("mode", MODES)
