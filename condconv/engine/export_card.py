@@ -1,0 +1,81 @@
+"""What exported files say about themselves: metadata for programs, a model card for people."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from condconv.cost import count_cost
+from condconv.engine.export_source import Source
+
+_INPUTS = "float32 (N, {}), pixels 0–255, RGB; the network normalises them itself"
+
+
+def metadata(source: Source, fold: bool) -> dict[str, Any]:
+    """Returns what a program needs to use a file.
+
+    The keys are ``name``, ``source``, ``images`` and ``logits`` (what they are), ``labels`` (class
+    names, or none), ``preprocessing`` (the gin bindings that say how images are cut, or none) and
+    ``batch_norm_folded``.
+    """
+    model = source.model
+    shape = ", ".join("any" if size is None else str(size) for size in model.input_shape[1:])
+    return {
+        "name": model.name,
+        "source": source.origin,
+        "images": _INPUTS.format(shape),
+        "logits": f"float32 (N, {model.output_shape[-1]})",
+        "labels": list(source.class_names),
+        "preprocessing": list(source.preprocessing),
+        "batch_norm_folded": fold,
+    }
+
+
+def card(
+    source: Source, fold: bool, rows: Sequence[Mapping[str, Any]], checksums: Mapping[str, str]
+) -> str:
+    """Returns the model card, in Markdown.
+
+    Args:
+        source: of the network.
+        fold: whether batch normalisations are folded.
+        rows: of the files, as ``export.export`` returns them.
+        checksums: SHA-256 of each file by its path.
+    """
+    about = metadata(source, fold)
+    cost = count_cost(source.model, image_size=None if source.model.input_shape[1] else 224)
+    facts = {
+        "weights": source.origin,
+        "`images`": about["images"],
+        "`logits`": about["logits"],
+        "parameters": f"{cost.parameters:,}",
+        "multiply-adds per image": f"{cost.multiply_adds:,} (rule {cost.rule})",
+        "MACs per image": f"{cost.macs:,}",
+        "batch normalisation": "folded into the convolutions" if fold else "as it was trained",
+    }
+    parts = [f"# {source.model.name}", _table(("", ""), facts.items())]
+    parts += ["## Files", _files(rows)]
+    parts += ["## Metrics", _metrics(source)]
+    if source.config:
+        parts += ["## Config", f"```\n{source.config.strip()}\n```"]
+    sums = "\n".join(f"{checksum}  {name}" for name, checksum in checksums.items())
+    parts += ["## SHA-256", f"```\n{sums}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _files(rows: Sequence[Mapping[str, Any]]) -> str:
+    said = "Largest difference of a logit from the source, in shares of the largest logit."
+    cells = [
+        (f"`{r['file']}`", f"{r['bytes']:,}", f"{r['difference']:.1e}", f"{r['tolerance']:.0e}")
+        for r in rows
+    ]
+    return said + "\n\n" + _table(("file", "bytes", "difference", "allowed"), cells)
+
+
+def _metrics(source: Source) -> str:
+    names = ("dataset", "split", "images", "top1", "top5", "loss")
+    metrics = {name: source.metrics[name] for name in names if name in source.metrics}
+    return _table(("", ""), metrics.items()) if metrics else "These weights were not evaluated."
+
+
+def _table(head: Sequence[str], rows: Any) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)

@@ -1,0 +1,178 @@
+"""Writes a network in the formats that people deploy.
+
+All take ``images`` (N, H, W, 3) float32, 0–255, for any N, and give ``logits``. How a convolution
+with a kernel for each example is put together differs: TensorFlow runs what ``condconv.ops``
+picks; ONNX Runtime and LiteRT have neither its loop over examples nor depthwise convolutions whose
+number of channels depends on the batch, so these get matrix products and sums of shifted inputs.
+"""
+
+import contextlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from condconv import CondConv2D, DepthwiseCondConv2D
+from condconv import ops as conditional
+from condconv.engine.errors import RunError
+from condconv.formulations import Geometry, pad
+
+_OPSET = 18  # of ONNX Runtime 1.14, of February 2023, and all since
+
+# A map of encoded images (N,) to what the signature returns.
+ServeEncoded = Callable[[tf.Tensor], Mapping[str, tf.Tensor]]
+
+
+def write_keras(model: keras.Model, path: pathlib.Path) -> None:
+    """Writes a ``.keras`` file."""
+    model.save(path)
+
+
+def write_saved_model(
+    model: keras.Model, path: pathlib.Path, serve_jpeg: ServeEncoded | None = None
+) -> None:
+    """Writes a SavedModel with the signature ``serving_default`` and, if given, ``serve_jpeg``."""
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint("serving_default", _serve(model), [_images(model)])
+    if serve_jpeg:
+        encoded = tf.TensorSpec((None,), tf.string, name="encoded")
+        archive.add_endpoint("serve_jpeg", serve_jpeg, [encoded])
+    # Gradients, some of which XLA is to compile, are of no use in a file that serves.
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    archive.write_out(str(path), options, verbose=False)
+
+
+def write_onnx(
+    model: keras.Model, path: pathlib.Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes an ONNX file; ``metadata`` becomes its ``metadata_props``."""
+    import onnx
+    import tf2onnx
+
+    signature = [_images(model)]
+    serve = tf.function(_serve(portable(model)), input_signature=signature)
+    proto, _ = tf2onnx.convert.from_function(serve, signature, opset=_OPSET)
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.helper.set_model_props(proto, dict(metadata or {}))
+    onnx.save(proto, path)
+
+
+def write_litert(model: keras.Model, path: pathlib.Path, precision: str = "float32") -> None:
+    """Writes a LiteRT file (``.tflite``) that needs nothing but its built-in operations.
+
+    Args:
+        model: to write.
+        path: of the file.
+        precision: of the weights in the file, "float32" or "float16"; it computes in float32
+            where the device has nothing narrower.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # The converter loses the variables of a function, and finds those of a SavedModel.
+        write_saved_model(portable(model), pathlib.Path(folder))
+        converter = tf.lite.TFLiteConverter.from_saved_model(
+            folder, signature_keys=["serving_default"]
+        )
+        if precision == "float16":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            converter.target_spec.supported_types = [tf.float16]
+        path.write_bytes(converter.convert())
+
+
+def _images(model: keras.Model) -> tf.TensorSpec:
+    return tf.TensorSpec((None, *model.input_shape[1:]), tf.float32, name="images")
+
+
+def _serve(model: keras.Model) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
+    return lambda images: {"logits": model(images, training=False)}
+
+
+def in_float32(model: keras.Model) -> keras.Model:
+    """Returns a model that computes in float32: itself, or a copy with the same weights."""
+    if all(layer.compute_dtype == "float32" for layer in model._flatten_layers()):
+        return model
+
+    def clone(layer: keras.Layer) -> keras.Layer:
+        return type(layer).from_config(layer.get_config() | {"dtype": "float32"})
+
+    copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def portable(model: keras.Model) -> keras.Model:
+    """Returns a copy whose conditional convolutions are made of operations that all runtimes have.
+
+    It is to be traced, not to be saved: what it differs in is no part of a layer's config.
+    """
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    for layer in copy._flatten_layers():
+        if isinstance(layer, CondConv2D):
+            layer.formulation = "matmul" if layer.kernel_size == (1, 1) else "shifts"
+        elif isinstance(layer, DepthwiseCondConv2D):
+            layer.apply_experts = _apply_by_taps(layer)
+    return copy
+
+
+def _apply_by_taps(layer: DepthwiseCondConv2D) -> Callable[[Any, Any, bool], Any]:
+    geometry = Geometry(layer.strides, layer.padding, layer.dilation_rate)
+
+    def apply_experts(x: Any, routing_weights: Any, training: bool) -> Any:
+        return taps(x, conditional.mix(layer.kernel, routing_weights), geometry)
+
+    return apply_experts
+
+
+def taps(x: Any, kernels: Any, geometry: Geometry) -> Any:
+    """The formulation "taps" in at most five dimensions, as LiteRT can slice no more.
+
+    Args:
+        x: (B, H, W, in).
+        kernels: (B, kh, kw, in, m).
+        geometry: strides, padding and dilation.
+
+    Returns:
+        (B, H', W', in · m).
+    """
+    height, width, channels, multiplier = kernels.shape[1:]
+    x = pad(x, (height, width), geometry)
+    if multiplier > 1:
+        x = ops.repeat(x, multiplier, axis=-1)
+    coefficients = ops.reshape(kernels, (-1, height * width, 1, 1, channels * multiplier))
+    rows, columns = (
+        _windows(*axis)
+        for axis in zip((height, width), geometry.strides, geometry.dilation_rate, strict=True)
+    )
+    seen = [x[:, row, column] for row in rows for column in columns]
+    return sum(tap * coefficients[:, position] for position, tap in enumerate(seen))
+
+
+def _windows(kernel: int, stride: int, dilation: int) -> list[slice]:
+    reach = (kernel - 1) * dilation
+    return [slice(at, at - reach or None, stride) for at in range(0, reach + 1, dilation)]
+
+
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Keeps what converters say off the screen, and turns what they raise into a RunError.
+
+    They write to the descriptor behind stderr, past Python.
+    """
+    screen = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    except Exception as error:
+        said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise RunError(f"{what} cannot be written: {said[0]}") from error
+    finally:
+        os.dup2(screen, 2)
+        os.close(screen)

@@ -1,0 +1,107 @@
+"""Opens exported files through the runtimes that people use, and runs them in a process of its own.
+
+A process that has just written a file holds state that the file may lack, so what it says of the
+file proves little. ``run_apart`` asks a fresh interpreter, which imports the runtime and no more.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from condconv.engine.errors import RunError
+
+Images = np.ndarray
+"""(N, H, W, 3) float32, 0–255."""
+
+Logits = np.ndarray
+"""(N, classes) float32."""
+
+_MAIN = (
+    "import sys; from condconv.engine import export_runtimes; "
+    "export_runtimes.answer(sys.argv[1], sys.argv[2])"
+)
+
+
+def open_network(path: str) -> Callable[[Images], Logits]:
+    """Returns the network in a file, as its runtime computes it: images to logits.
+
+    Args:
+        path: of a ``.keras``, ``.onnx`` or ``.tflite`` file, or the folder of a SavedModel.
+    """
+    return _OPEN.get(pathlib.PurePath(path).suffix, _open_saved_model)(path)
+
+
+def _open_keras(path: str) -> Callable[[Images], Logits]:
+    import keras
+
+    import condconv  # noqa: F401  registers the layers
+
+    model = keras.saving.load_model(path, compile=False)
+    return lambda images: np.asarray(model(images, training=False))
+
+
+def _open_saved_model(path: str) -> Callable[[Images], Logits]:
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(path)
+
+    def run(images: Images) -> Logits:  # of `loaded`, for a signature keeps no variables alive
+        return loaded.signatures["serving_default"](images=tf.constant(images))["logits"].numpy()
+
+    return run
+
+
+def _open_onnx(path: str) -> Callable[[Images], Logits]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["logits"], {"images": images})[0]
+
+
+def _open_litert(path: str) -> Callable[[Images], Logits]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    run = Interpreter(model_path=path).get_signature_runner("serving_default")
+    return lambda images: run(images=images)["logits"]
+
+
+_OPEN = {".keras": _open_keras, ".onnx": _open_onnx, ".tflite": _open_litert}
+
+
+def run_apart(path: pathlib.Path, batches: Mapping[int, Images]) -> dict[int, Logits]:
+    """Returns what a file says of each batch, in a fresh process.
+
+    Raises:
+        RunError: if it cannot be opened or run there; the last line of the process says why.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(f"{folder}/images.npz", **{str(size): x for size, x in batches.items()})
+        done = subprocess.run(
+            [sys.executable, "-c", _MAIN, str(path), folder],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+            },
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise RunError(f"{path.name} does not run in a fresh process: {said[-1]}")
+        with np.load(f"{folder}/logits.npz") as logits:
+            return {int(size): logits[size] for size in logits}
+
+
+def answer(path: str, folder: str) -> None:
+    """Runs a file on the batches in ``folder``/images.npz, and leaves logits.npz there."""
+    network = open_network(path)
+    with np.load(f"{folder}/images.npz") as batches:
+        logits = {size: network(batches[size]) for size in batches}
+    np.savez(f"{folder}/logits.npz", **logits)

@@ -1,0 +1,132 @@
+"""What is exported: a trained network, and what is known about it."""
+
+import contextlib
+import dataclasses
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+from etils import epath
+
+from condconv.engine import checkpoints, files
+from condconv.engine.errors import RunError, UsageError
+from condconv.engine.experiment import Experiment, build_data, build_model
+from condconv.engine.export_formats import in_float32
+
+Evaluate = Callable[[tf.Tensor], tf.Tensor]
+"""An encoded image to (H, W, 3), 0–255, as evaluation would see it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A network to export.
+
+    Attributes:
+        model: computes in float32.
+        origin: where its weights come from, for people.
+        evaluate: the preprocessing of evaluation, where it is known.
+        preprocessing: the gin bindings that say which it is, or none.
+        class_names: of all classes, or none.
+        config: the gin config of its run, or "".
+        metrics: of its last evaluation, or none.
+    """
+
+    model: keras.Model
+    origin: str
+    evaluate: Evaluate | None = None
+    preprocessing: Sequence[str] = ()
+    class_names: Sequence[str] = ()
+    config: str = ""
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def of_run(experiment: Experiment, workdir: epath.Path, checkpoint: str = "last") -> Source:
+    """Returns the network of a run; averages of its weights are preferred, as in evaluation.
+
+    The data itself is not read: its classes and its preprocessing are known without it.
+
+    Args:
+        experiment: the run's own, from ``config.load_run``.
+        workdir: of the run.
+        checkpoint: "last", "best", a step or the path of a checkpoint.
+
+    Raises:
+        UsageError: if there is no such checkpoint, or it does not fit.
+    """
+    found = checkpoints.Checkpoints(workdir).resolve(checkpoint)
+    data: Any = build_data(experiment, stand_in=True)
+    model = build_model(dataclasses.replace(experiment, precision="float32"), data.num_classes)
+    averaged = any(name.startswith("average/") for name in found.state)
+    prefix = "average/" if averaged else "model/"
+    values = {n.removeprefix(prefix): v for n, v in found.state.items() if n.startswith(prefix)}
+    checkpoints.fit(
+        values, checkpoints.named_variables(model), f"the checkpoint of step {found.step}"
+    )
+    config = files.read_text(workdir / "config.gin")
+    return Source(
+        model,
+        f"{workdir}, step {found.step}, {'averaged' if averaged else 'raw'} weights",
+        data.preprocessing.evaluate,
+        _bindings_of_preprocessing(config),
+        data.class_names,
+        config,
+        _metrics(workdir / "eval.json", found.step, "ema" if averaged else "raw"),
+    )
+
+
+def _bindings_of_preprocessing(config: str) -> list[str]:
+    """Returns the lines of a saved config that say how an image is cut."""
+    which = re.search(r"^pipeline\.preprocessing = @(?:\w+\.)*(\w+)", config, re.MULTILINE)
+    names = ("pipeline.preprocessing ", f"{which[1]}.") if which else ()
+    return [line for line in config.splitlines() if line.startswith(names)]
+
+
+def _metrics(path: epath.Path, step: int, weights: str) -> dict[str, Any]:
+    """Returns what was evaluated, if it was these weights."""
+    metrics = files.read_json(path) if files.is_file(path) else {}
+    return metrics if (metrics.get("step"), metrics.get("weights")) == (step, weights) else {}
+
+
+def of_file(path: str, known: Callable[[int, int], dict[str, Any]]) -> Source:
+    """Returns the network in a ``.keras`` file.
+
+    Args:
+        path: of the file. Nothing in it is executed: Keras' safe mode is on.
+        known: image size and number of classes to what is known of such a network, by the names
+            of ``Source``'s attributes; asked for networks of square colour images.
+
+    Raises:
+        UsageError: if there is no such file, or its network is not one of images to logits.
+        RunError: if it cannot be loaded.
+    """
+    if not path.endswith(".keras") or not files.is_file(files.path(path)):
+        raise UsageError(f"--source={path} is no .keras file: name one, or a run by --workdir")
+    with _loading(path):
+        model = in_float32(keras.saving.load_model(path, compile=False))
+    _check(model, path)
+    _, height, width, channels = model.input_shape
+    square = height is not None and (height, channels) == (width, 3)
+    return Source(model, path, **known(height, model.output_shape[-1]) if square else {})
+
+
+@contextlib.contextmanager
+def _loading(path: str) -> Iterator[None]:
+    damaged = (OSError, ValueError, TypeError, LookupError, AttributeError, zipfile.BadZipFile)
+    try:
+        yield
+    except (*damaged, MemoryError, RuntimeError, tf.errors.OpError) as error:
+        said = str(error).split("Exception encountered: ")[-1].strip().split("\n")[0]
+        raise RunError(f"--source={path} cannot be loaded: {said or error!r}") from error
+
+
+def _check(model: keras.Model, path: str) -> None:
+    shapes = (getattr(model, "input_shape", None), getattr(model, "output_shape", None))
+    ranks = [len(s) if isinstance(s, tuple) and s[-1:] != ((),) else 0 for s in shapes]
+    if ranks != [4, 2] or isinstance(shapes[0][0], tuple):
+        raise UsageError(
+            f"--source={path} maps {shapes[0]} to {shapes[1]}: only networks of one batch of "
+            "images (N, H, W, C) to logits (N, classes) are exported"
+        )

@@ -1,0 +1,207 @@
+"""Exported files say what their source says, in the runtimes that people use."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import condconv
+from condconv.engine import export, export_formats, export_runtimes, export_source
+from condconv.engine.errors import RunError, UsageError
+from condconv.formulations import Geometry, depthwise_taps
+from condconv.normalization import BatchNormalization
+from models import create_model
+
+ROOT = pathlib.Path(__file__).parents[1]
+TOLERANCE = {
+    "model.keras": 1e-4,
+    "saved_model": 1e-4,
+    "model.onnx": 1e-4,
+    "model_float32.tflite": 1e-3,
+    "model_float16.tflite": 1e-2,
+}
+
+
+def disturb(model: keras.Model, seed: int = 0) -> keras.Model:
+    """Makes weights that leave no batch norm and no bias without an effect."""
+    rng = np.random.default_rng(seed)
+    for variable in model.variables:
+        name = variable.path.split("/")[-1]
+        if name == "moving_variance" or name == "gamma":
+            variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+        elif name in ("beta", "bias", "moving_mean"):
+            variable.assign(rng.normal(0, 0.3, variable.shape))
+    return model
+
+
+def tiny() -> keras.Model:
+    """Every kind of layer, at 6×6 pixels."""
+    inputs = keras.Input((6, 6, 3), name="pictures")
+    x = keras.layers.Rescaling(1 / 127.5, -1)(inputs)
+    routing = condconv.Routing(3)(x)
+    x = condconv.CondConv2D(4, 3, 3, strides=2, padding="same", use_bias=False)(x, routing)
+    x = BatchNormalization()(x)
+    x = condconv.DepthwiseCondConv2D(3, 3, padding="same", depth_multiplier=2)(x, routing)
+    x = condconv.CondConv2D(5, 1, 3, activation="relu")(x, routing)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return disturb(keras.Model(inputs, condconv.CondDense(7, 3)(x), name="tiny"))
+
+
+def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.max(np.abs(found - expected)) / np.max(np.abs(expected)))
+
+
+@pytest.fixture(scope="module")
+def source() -> export_source.Source:
+    return export_source.Source(
+        tiny(),
+        "tests",
+        lambda encoded: tf.image.resize(tf.io.decode_png(encoded, 3), (6, 6)),
+        ["whole.image_size = 6"],
+        [f"class {i}" for i in range(7)],
+    )
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (1, 2)])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_taps_in_few_dimensions(strides, padding):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 7, 6, 3)).astype("float32")
+    kernels = rng.normal(size=(2, 3, 2, 3, 2)).astype("float32")
+    for geometry in (Geometry(strides, padding), Geometry((1, 1), padding, (2, 2))):
+        found = export_formats.taps(x, kernels, geometry)
+        np.testing.assert_allclose(found, depthwise_taps(x, kernels, geometry), atol=1e-5)
+
+
+def test_an_export_runs_elsewhere_and_says_what_it_is(source, tmp_path):
+    rows = export.export(source, ["litert"], tmp_path / "out")
+    assert [row["file"] for row in rows] == ["model_float32.tflite"]
+    assert rows[0]["difference"] < 1e-5
+    assert {file.name for file in tmp_path.iterdir()} == {"out"}
+    about = json.loads((tmp_path / "out" / "metadata.json").read_text())
+    assert about["labels"] == [f"class {i}" for i in range(7)]
+    assert about["preprocessing"] == ["whole.image_size = 6"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert about["sha256"]["model_float32.tflite"] in card
+    assert f"{condconv.count_cost(source.model).multiply_adds:,}" in card
+
+
+def test_a_saved_model_serves_images_and_encoded_ones(source, tmp_path):
+    export_formats.write_saved_model(source.model, tmp_path, export.serving(source.model, source))
+    images = np.random.default_rng(1).integers(0, 256, (5, 6, 6, 3)).astype("uint8")
+    expected = np.asarray(source.model(images.astype("float32")))
+    found = export_runtimes.open_network(str(tmp_path))(images.astype("float32"))
+    assert largest_difference(found, expected) < 1e-5
+    serve = tf.saved_model.load(tmp_path).signatures["serve_jpeg"]
+    answer = serve(encoded=tf.constant([tf.io.encode_png(image).numpy() for image in images]))
+    classes = np.argsort(-expected, axis=-1)[:, :5]
+    assert answer["classes"].numpy().tolist() == classes.tolist()
+    assert answer["names"].numpy()[0, 0].decode() == f"class {classes[0, 0]}"
+    probabilities = np.take_along_axis(tf.nn.softmax(expected).numpy(), classes, -1)
+    np.testing.assert_allclose(answer["probabilities"], probabilities, atol=1e-6)
+
+
+def test_what_says_something_else_is_not_written(source, tmp_path, monkeypatch):
+    def wrong(path, batches):
+        return {n: np.asarray(source.model(x)) * 1.001 for n, x in batches.items()}
+
+    monkeypatch.setattr(export_runtimes, "run_apart", wrong)
+    with pytest.raises(RunError, match="model.keras differs from the source by 0.001"):
+        export.export(source, ["keras"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_run_elsewhere_is_told_in_one_line(tmp_path):
+    (tmp_path / "x.tflite").write_bytes(b"TFL3")
+    with pytest.raises(RunError, match=r"^x\.tflite does not run in a fresh process: ValueError"):
+        export_runtimes.run_apart(tmp_path / "x.tflite", {1: np.zeros((1, 6, 6, 3), "float32")})
+
+
+def test_packages_of_the_extra_are_asked_for(monkeypatch):
+    export.check_packages(["keras", "saved_model"])
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'condconv\[export\]'"):
+        export.check_packages(["keras", "onnx"])
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    assert export.check_output(str(tmp_path / "new" / "out")).name == "out"
+    (tmp_path / "x").write_text("")
+    for name in (tmp_path, tmp_path / "x"):
+        with pytest.raises(UsageError, match="exists: name a new folder"):
+            export.check_output(str(name))
+    with pytest.raises(UsageError, match="is not local"):
+        export.check_output("gs://bucket/out")
+
+
+def test_mixed_precision_is_exported_in_float32():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = tiny()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    copy = export_formats.in_float32(model)
+    x = np.full((2, 6, 6, 3), 100, "float32")
+    assert {layer.compute_dtype for layer in copy.layers} == {"float32"}
+    assert 1e-6 < largest_difference(np.asarray(model(x), "float32"), np.asarray(copy(x))) < 0.05
+
+
+def test_a_damaged_file_is_told_in_one_line(tmp_path):
+    for content in (b"", b"PK\3\4 half of an archive"):
+        (tmp_path / "x.keras").write_bytes(content)
+        with pytest.raises(RunError, match=r"x\.keras cannot be loaded"):
+            export_source.of_file(str(tmp_path / "x.keras"), lambda size, classes: {})
+    with pytest.raises(UsageError, match=r"is no \.keras file"):
+        export_source.of_file(str(tmp_path / "y.keras"), lambda size, classes: {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v1", "resnet50"])
+def test_every_format_says_what_the_network_says(name, tmp_path):
+    model = disturb(create_model(name, num_experts=8, image_size=32, num_classes=10, width=0.25))
+    source = export_source.Source(model, "tests")
+    rows = export.export(source, export.FORMATS, tmp_path / "out", precisions=export.PRECISIONS)
+    assert {row["file"]: row["tolerance"] for row in rows} == TOLERANCE
+    rng = np.random.default_rng(3)
+    for file, tolerance in TOLERANCE.items():
+        run = export_runtimes.open_network(str(tmp_path / "out" / file))
+        for batch in (1, 2, 5, 32):
+            images = rng.uniform(0, 255, (batch, 32, 32, 3)).astype("float32")
+            expected = np.asarray(model(images, training=False))
+            assert largest_difference(run(images), expected) < tolerance, (file, batch)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    """Of a run, and of a file, without batch norm being folded; wrong calls end with code 2."""
+    run, config = tmp_path / "run", ROOT / "configs" / "digits_condconv.gin"
+    train = [f"--gin_file={config}", "--gin_param=Experiment.duration='2 steps'"]
+    assert call("train.py", *train, f"--workdir={run}").returncode == 0
+    assert call("eval.py", f"--workdir={run}").returncode == 0
+    formats = ("--format=saved_model", "--format=keras")
+    output = tmp_path / "exported"
+    done = call("scripts/export.py", f"--workdir={run}", *formats, f"--output={output}", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [row["file"] for row in json.loads(done.stdout)] == ["model.keras", "saved_model"]
+    card = (output / "README.md").read_text()
+    assert "| top1 | " in card
+    assert "Experiment.duration" in card
+    model = f"--source={output / 'model.keras'}"
+    done = call("scripts/export.py", model, "--format=onnx", "--nofold", f"--output={run / 'x'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "writing model.onnx\n"
+    for wrong in ((), (model,), (model, "--format=onnx", f"--output={output}")):
+        done = call("scripts/export.py", *wrong)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+
+
+def call(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
