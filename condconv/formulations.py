@@ -45,7 +45,10 @@ def matmul_of_experts(routing_weights: Tensor, experts: Tensor) -> Tensor:
     def run(routing_weights: Tensor, experts: Tensor) -> tuple[Tensor, Callable]:
         def gradient(upstream: Tensor) -> tuple[Tensor, Tensor]:
             of_routing = tf.matmul(upstream[None], experts[None], transpose_b=True)[0]
-            return of_routing, tf.matmul(routing_weights, upstream, transpose_a=True)
+            # Whoever updates the experts has to copy them while somebody still reads them.
+            with tf.control_dependencies([of_routing]):
+                of_experts = tf.matmul(routing_weights, upstream, transpose_a=True)
+            return of_routing, of_experts
 
         return tf.matmul(routing_weights, experts), gradient
 

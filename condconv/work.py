@@ -124,9 +124,7 @@ _LAYERS: dict[type, Callable[[Any, list[Shape], Shape], Work]] = {
         (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose),
         _transposed_convolution,
     ),
-    **dict.fromkeys(
-        (DepthwiseConv2D, layers.DepthwiseConv1D, layers.DepthwiseConv2D), _depthwise
-    ),
+    **dict.fromkeys((DepthwiseConv2D, layers.DepthwiseConv1D, layers.DepthwiseConv2D), _depthwise),
     **dict.fromkeys((layers.SeparableConv1D, layers.SeparableConv2D), _separable),
     layers.Dense: _dense,
     CondConv2D: lambda layer, i, o: _convolution(layer, i, o) + _mixing(layer),
