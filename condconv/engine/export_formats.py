@@ -37,15 +37,16 @@ def write_saved_model(
     model: keras.Model, path: pathlib.Path, serve_jpeg: ServeEncoded | None = None
 ) -> None:
     """Writes a SavedModel with the signature ``serving_default`` and, if given, ``serve_jpeg``."""
-    archive = keras.export.ExportArchive()
-    archive.track(model)
-    archive.add_endpoint("serving_default", _serve(model), [_images(model)])
+    serve = tf.function(_serve(model), input_signature=[_images(model)])
+    signatures = {"serving_default": serve}
     if serve_jpeg:
         encoded = tf.TensorSpec((None,), tf.string, name="encoded")
-        archive.add_endpoint("serve_jpeg", serve_jpeg, [encoded])
+        signatures["serve_jpeg"] = tf.function(serve_jpeg, input_signature=[encoded])
+    module = tf.Module()  # Keras' own archive holds every weight twice
+    module.weights = [variable.value for variable in model.variables]
     # Gradients, some of which XLA is to compile, are of no use in a file that serves.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-    archive.write_out(str(path), options, verbose=False)
+    tf.saved_model.save(module, str(path), signatures, options)
 
 
 def write_onnx(
