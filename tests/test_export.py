@@ -155,7 +155,11 @@ def test_mixed_precision_is_exported_in_float32():
 
 
 def test_a_damaged_file_is_told_in_one_line(tmp_path):
-    for content in (b"", b"PK\3\4 half of an archive"):
+    keras.Sequential([keras.Input((4, 4, 3)), keras.layers.Flatten()]).save(tmp_path / "w.keras")
+    whole = (tmp_path / "w.keras").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    for content in (b"", b"PK\3\4 half of an archive", whole[: len(whole) // 2], bytes(flipped)):
         (tmp_path / "x.keras").write_bytes(content)
         with pytest.raises(RunError, match=r"x\.keras cannot be loaded"):
             export_source.of_file(str(tmp_path / "x.keras"), lambda size, classes: {})

@@ -63,7 +63,7 @@ def check_output(name: str) -> pathlib.Path:
     if "://" in name:
         raise UsageError(f"--output={name} is not local: export to a folder here, and copy it")
     output = pathlib.Path(name)
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    with contextlib.suppress(OSError):  # not there, which is well, or not to be read, told below
         if output.is_file() or any(output.iterdir()):
             raise UsageError(f"--output={name} exists: name a new folder, or remove it")
     files.make_writable(files.path(str(output.absolute().parent)), "the folder of --output")
@@ -149,7 +149,7 @@ def _artifacts(
         yield _Artifact("saved_model", saved_model, 1e-4)
     if "onnx" in formats:
         yield _Artifact("model.onnx", onnx, 1e-4)
-    for precision in precisions if "litert" in formats else ():
+    for precision in dict.fromkeys(precisions) if "litert" in formats else ():
         tolerance = {"float32": 1e-3, "float16": 1e-2}[precision]
         yield _Artifact(f"model_{precision}.tflite", litert(precision), tolerance)
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -114,10 +115,11 @@ def of_file(path: str, known: Callable[[int, int], dict[str, Any]]) -> Source:
 
 @contextlib.contextmanager
 def _loading(path: str) -> Iterator[None]:
-    damaged = (OSError, ValueError, TypeError, LookupError, AttributeError, zipfile.BadZipFile)
+    damaged = (OSError, EOFError, zipfile.BadZipFile, zlib.error)
+    refused = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)
     try:
         yield
-    except (*damaged, MemoryError, RuntimeError, tf.errors.OpError) as error:
+    except (*damaged, *refused, MemoryError, tf.errors.OpError) as error:
         said = str(error).split("Exception encountered: ")[-1].strip().split("\n")[0]
         raise RunError(f"--source={path} cannot be loaded: {said or error!r}") from error
 
