@@ -33,11 +33,9 @@ def disturb(model: keras.Model, seed: int = 0) -> keras.Model:
     for variable in model.variables:
         name = variable.path.split("/")[-1]
         if name == "moving_variance":
-            variable.assign(rng.uniform(0.5, 1.5, variable.shape))
-        elif name == "gamma":  # 0 at first where a residual branch ends, and small once trained
+            variable.assign(rng.uniform(0.5, 2, variable.shape))
+        elif name in ("gamma", "beta", "bias", "moving_mean"):
             variable.assign(variable + rng.normal(0, 0.1, variable.shape))
-        elif name in ("beta", "bias", "moving_mean"):
-            variable.assign(rng.normal(0, 0.3, variable.shape))
     return model
 
 
@@ -174,7 +172,8 @@ def test_every_format_says_what_the_network_says(name, tmp_path):
     model = disturb(create_model(name, num_experts=8, **arguments))
     rng = np.random.default_rng(3)
     images = {n: rng.uniform(0, 255, (n, 32, 32, 3)).astype("float32") for n in (1, 2, 5, 32)}
-    model(images[32], training=True)  # statistics of its own, or rounding errors would grow
+    if name == "resnet50":  # whose sums of branches would grow from block to block
+        model(images[32], training=True)
     source = export_source.Source(model, "tests")
     rows = export.export(source, export.FORMATS, tmp_path / "out", precisions=export.PRECISIONS)
     assert {row["file"]: row["tolerance"] for row in rows} == TOLERANCE
