@@ -46,7 +46,7 @@ def test_links_lead_somewhere():
 
 
 def test_there_is_code_and_there_are_commands():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     assert len(COMMANDS) >= 4
 
 
