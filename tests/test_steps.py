@@ -125,7 +125,8 @@ def test_two_steps_of_condconv_are_those_of_a_loop_over_examples(monkeypatch):
 def one_by_one(convolve):
     """A convolution of a whole batch with a kernel each, as a loop that TensorFlow unrolls."""
 
-    def loop(x, kernels, strides, padding, dilation_rate, training=True):
+    def loop(x, kernels, geometry, training, formulation):
+        strides, padding, dilation_rate = geometry
         rows = [
             convolve(x[i : i + 1], kernels[i], strides, padding.upper(), dilation_rate)
             for i in range(x.shape[0])
