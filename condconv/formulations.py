@@ -155,17 +155,16 @@ def depthwise_folding(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
 def depthwise_taps(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """The sum over the kernel's positions of the shifted input times one coefficient each.
 
-    ``kernels`` may be (1, kh, kw, in, m): one kernel for all examples.
+    ``kernels`` may be (1, kh, kw, in, m): one kernel for all examples. Nothing has more than five
+    dimensions, the most that LiteRT can slice.
     """
-    kernel_size = tuple(kernels.shape[1:3])
-    batch, _, _, channels, multiplier = ops.shape(kernels)
-    coefficients = ops.reshape(kernels, (batch, *kernel_size, 1, 1, channels, multiplier))
-    x = pad(x, kernel_size, geometry)
-    total = 0.0
-    for position, tap in enumerate(_taps(x, kernel_size, geometry)):
-        row, column = divmod(position, kernel_size[1])
-        total = total + ops.expand_dims(tap, -1) * coefficients[:, row, column]
-    return ops.reshape(total, (*ops.shape(total)[:3], channels * multiplier))
+    height, width, channels, multiplier = kernels.shape[1:]
+    coefficients = ops.reshape(kernels, (-1, height * width, 1, 1, channels * multiplier))
+    x = pad(x, (height, width), geometry)
+    if multiplier > 1:
+        x = ops.repeat(x, multiplier, axis=-1)
+    taps = _taps(x, (height, width), geometry)
+    return sum(tap * coefficients[:, position] for position, tap in enumerate(taps))
 
 
 def depthwise_loop_conv_gradient(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:

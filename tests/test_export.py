@@ -13,7 +13,6 @@ import tensorflow as tf
 import condconv
 from condconv.engine import export, export_formats, export_runtimes, export_source
 from condconv.engine.errors import RunError, UsageError
-from condconv.formulations import Geometry, depthwise_taps
 from condconv.normalization import BatchNormalization
 from models import create_model
 
@@ -65,17 +64,6 @@ def source() -> export_source.Source:
         ["whole.image_size = 6"],
         [f"class {i}" for i in range(7)],
     )
-
-
-@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (1, 2)])
-@pytest.mark.parametrize("padding", ["same", "valid"])
-def test_taps_in_few_dimensions(strides, padding):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 7, 6, 3)).astype("float32")
-    kernels = rng.normal(size=(2, 3, 2, 3, 2)).astype("float32")
-    for geometry in (Geometry(strides, padding), Geometry((1, 1), padding, (2, 2))):
-        found = export_formats.taps(x, kernels, geometry)
-        np.testing.assert_allclose(found, depthwise_taps(x, kernels, geometry), atol=1e-5)
 
 
 def test_an_export_runs_elsewhere_and_says_what_it_is(source, tmp_path):

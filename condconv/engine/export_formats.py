@@ -11,16 +11,12 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import keras
 import tensorflow as tf
-from keras import ops
 
 from condconv import CondConv2D, DepthwiseCondConv2D
-from condconv import ops as conditional
 from condconv.engine.errors import RunError
-from condconv.formulations import Geometry, pad
 
 _OPSET = 18  # of ONNX Runtime 1.14, of February 2023, and all since
 
@@ -118,46 +114,8 @@ def portable(model: keras.Model) -> keras.Model:
         if isinstance(layer, CondConv2D):
             layer.formulation = "matmul" if layer.kernel_size == (1, 1) else "shifts"
         elif isinstance(layer, DepthwiseCondConv2D):
-            layer.apply_experts = _apply_by_taps(layer)
+            layer.formulation = "taps"
     return copy
-
-
-def _apply_by_taps(layer: DepthwiseCondConv2D) -> Callable[[Any, Any, bool], Any]:
-    geometry = Geometry(layer.strides, layer.padding, layer.dilation_rate)
-
-    def apply_experts(x: Any, routing_weights: Any, training: bool) -> Any:
-        return taps(x, conditional.mix(layer.kernel, routing_weights), geometry)
-
-    return apply_experts
-
-
-def taps(x: Any, kernels: Any, geometry: Geometry) -> Any:
-    """The formulation "taps" in at most five dimensions, as LiteRT can slice no more.
-
-    Args:
-        x: (B, H, W, in).
-        kernels: (B, kh, kw, in, m).
-        geometry: strides, padding and dilation.
-
-    Returns:
-        (B, H', W', in · m).
-    """
-    height, width, channels, multiplier = kernels.shape[1:]
-    x = pad(x, (height, width), geometry)
-    if multiplier > 1:
-        x = ops.repeat(x, multiplier, axis=-1)
-    coefficients = ops.reshape(kernels, (-1, height * width, 1, 1, channels * multiplier))
-    rows, columns = (
-        _windows(*axis)
-        for axis in zip((height, width), geometry.strides, geometry.dilation_rate, strict=True)
-    )
-    seen = [x[:, row, column] for row in rows for column in columns]
-    return sum(tap * coefficients[:, position] for position, tap in enumerate(seen))
-
-
-def _windows(kernel: int, stride: int, dilation: int) -> list[slice]:
-    reach = (kernel - 1) * dilation
-    return [slice(at, at - reach or None, stride) for at in range(0, reach + 1, dilation)]
 
 
 @contextlib.contextmanager
