@@ -26,7 +26,6 @@ def main(_: list[str]) -> None:
     experiment = config.load_run(workdir, _GIN_PARAM.value)
     result = evaluation.evaluate_run(experiment, workdir, _CHECKPOINT.value, _EMA.value)
     print(json.dumps(result))
-    files.write_json(workdir / "eval.json", result)
 
 
 if __name__ == "__main__":

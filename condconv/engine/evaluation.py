@@ -1,7 +1,9 @@
 """Evaluation that counts: each example once, whatever the batch and the number of devices."""
 
 import dataclasses
+import io
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -10,7 +12,7 @@ import tensorflow as tf
 from etils import epath
 
 from condconv.cost import count_cost
-from condconv.engine import checkpoints, devices
+from condconv.engine import checkpoints, devices, files
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.experiment import (
     Data,
@@ -27,12 +29,14 @@ class Predictions:
     """What a network said of each example of a split, by its index.
 
     Attributes:
-        answer: (N,) the class that scored highest.
+        label: (N,) the right class, or (N, classes) bool where several can be right.
+        answer: (N,) the class that scored highest; -1 for an image that cannot be read.
         rank: (N,) how many classes scored higher than the best right one; 0 where it was right.
         loss: (N,) unsmoothed cross-entropy.
         scored: (N,) whether any class is known to be right; the others do not count.
     """
 
+    label: np.ndarray
     answer: np.ndarray
     rank: np.ndarray
     loss: np.ndarray
@@ -48,6 +52,32 @@ class Predictions:
             "images": len(rank),
         }
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns what ``predictions.npz`` holds: a row for each example that counts, in order.
+
+        ``index`` (N,) int64, its place in the split; ``label``; ``predicted`` (N,) int64;
+        ``correct`` (N,) bool, whose mean is ``top1``; ``rank`` (N,) int64, below 5 where it counts
+        for ``top5``; ``loss`` (N,) float32.
+        """
+        return {
+            "index": np.flatnonzero(self.scored),
+            "label": self.label[self.scored],
+            "predicted": self.answer[self.scored].astype(np.int64),
+            "correct": self.rank[self.scored] < 1,
+            "rank": self.rank[self.scored].astype(np.int64),
+            "loss": self.loss[self.scored],
+        }
+
+    def write(self, path: epath.Path) -> None:
+        """Writes ``arrays`` as an ``.npz`` file, whole or not at all.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        content = io.BytesIO()
+        np.savez_compressed(content, **self.arrays())
+        files.write_bytes(path, content.getvalue())
+
 
 class Evaluator:
     """Evaluates a model on splits of a data set; its step is compiled once."""
@@ -57,13 +87,14 @@ class Evaluator:
     ):
         self._data, self._strategy = data, strategy
         self._batch_size = batch_size
-        allowed = np.ones(data.num_classes, bool)
-        if data.answers is not None:
-            allowed = np.isin(np.arange(data.num_classes), data.answers)
+        allowed = _allowed(data)
+
+        def judge(batch: dict[str, tf.Tensor]) -> tuple[tf.Tensor, ...]:
+            return _judge(model(batch["image"], training=False), batch, allowed)
 
         @tf.function
         def step(batch: dict[str, tf.Tensor]) -> Any:
-            columns = strategy.run(_judge, args=(model, batch, allowed))
+            columns = strategy.run(judge, args=(batch,))
             return [strategy.gather(column, axis=0) for column in columns]
 
         self._step = step
@@ -81,31 +112,29 @@ class Evaluator:
                 split, batch_size=size, shard=shard, num_shards=shards
             ),
         )
-        parts = [[column.numpy() for column in self._step(batch)] for batch in batches]
-        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        index, *values = (column[columns[0] >= 0] for column in columns)
-        expected = self._data.num_examples(split)
-        if not np.array_equal(np.sort(index), np.arange(expected)):
-            raise RunError(
-                f"evaluation of {split!r} saw {len(index)} examples, {len(np.unique(index))} of "
-                f"them different, instead of each of {expected} once"
-            )
-        answer, rank, loss, scored = (value[np.argsort(index)] for value in values)
-        return Predictions(answer, rank, loss, scored.astype(bool))
+        return _in_order(map(self._step, batches), self._data, split)
+
+
+def _allowed(data: Data) -> np.ndarray:
+    """Returns which classes may be answered, (num_classes,) bool."""
+    if data.answers is None:
+        return np.ones(data.num_classes, bool)
+    return np.isin(np.arange(data.num_classes), data.answers)
 
 
 def _judge(
-    model: keras.Model, batch: dict[str, tf.Tensor], allowed: np.ndarray
+    logits: tf.Tensor, batch: dict[str, tf.Tensor], allowed: np.ndarray
 ) -> tuple[tf.Tensor, ...]:
-    """Returns index, answer, rank, loss and whether to count them, of each example of a batch.
+    """Returns index, label, answer, rank, loss and whether to count them, of each example.
 
     An image that cannot be read is answered wrongly, as if all classes were equally likely.
     """
-    logits = tf.cast(model(batch["image"], training=False), tf.float32)
-    logits = tf.where(allowed, logits, -np.inf)
-    right = batch["label"]
+    logits = tf.where(allowed, tf.cast(logits, tf.float32), -np.inf)
+    right = label = batch["label"]
     if right.shape.rank == 1:
         right = tf.one_hot(right, len(allowed), on_value=True, off_value=False)
+    else:
+        label = tf.cast(label, tf.int32)  # workers exchange numbers only
     of_right = tf.where(right, logits, -np.inf)
     own = tf.reduce_max(of_right, axis=-1, keepdims=True)
     # A class of the same score counts as higher if it comes first, as in a sorted list; a logit
@@ -118,17 +147,41 @@ def _judge(
     readable = batch["readable"]
     return (
         batch["index"],
+        label,
         tf.where(readable, tf.argmax(logits, axis=-1), -1),
         tf.where(readable, rank, len(allowed)),
         tf.where(readable, loss, math.log(np.sum(allowed))),
-        tf.cast(tf.reduce_any(right, axis=-1), tf.int32),  # workers exchange numbers only
+        tf.cast(tf.reduce_any(right, axis=-1), tf.int32),
     )
+
+
+def _in_order(judged: Iterable[Sequence[tf.Tensor]], data: Data, split: str) -> Predictions:
+    """Puts what was judged batch by batch into the order of the split."""
+    parts = [_on_host(columns) for columns in judged]
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    index, *values = (column[columns[0] >= 0] for column in columns)
+    expected = data.num_examples(split)
+    if not np.array_equal(np.sort(index), np.arange(expected)):
+        raise RunError(
+            f"evaluation of {split!r} saw {len(index)} examples, {len(np.unique(index))} of "
+            f"them different, instead of each of {expected} once"
+        )
+    return Predictions(*(value[np.argsort(index)] for value in values))
+
+
+def _on_host(columns: Sequence[tf.Tensor]) -> tuple[np.ndarray, ...]:
+    index, label, answer, rank, loss, scored = (column.numpy() for column in columns)
+    label = label if label.ndim == 1 else label.astype(bool)
+    return index, label, answer, rank, loss, scored.astype(bool)
 
 
 def evaluate_run(
     experiment: Experiment, workdir: epath.Path, checkpoint: str = "last", ema: bool | None = None
 ) -> dict[str, Any]:
     """Evaluates a trained network on ``Experiment.eval_split``.
+
+    What it says of each example goes to ``predictions.npz`` in the workdir (``Predictions.arrays``)
+    and the result to ``eval.json``, in this order; of several workers, one writes.
 
     Args:
         experiment: the run's own, from ``config.load_run``.
@@ -142,7 +195,8 @@ def evaluate_run(
         ``dataset``, ``split``, ``step``, ``weights`` ("ema" or "raw").
 
     Raises:
-        UsageError: if there is no such checkpoint, or it does not fit.
+        UsageError: if there is no such checkpoint, it does not fit, or the workdir cannot be
+            written to.
         RunError: if not every example was seen exactly once.
     """
     found = checkpoints.Checkpoints(workdir).resolve(checkpoint)
@@ -152,6 +206,8 @@ def evaluate_run(
         raise UsageError(f"--ema: {workdir} has no averaged weights; its Experiment.ema_decay is 0")
     weights = "ema" if averaged and ema is not False else "raw"
     strategy = devices.strategy(experiment.devices)
+    if writes := devices.is_chief(strategy):
+        files.make_writable(workdir, "--workdir")
     data = build_data(experiment, experiment.eval_split)
     with strategy.scope():
         model = build_model(experiment, data.num_classes)
@@ -164,7 +220,7 @@ def evaluate_run(
     with failing_in_one_line():
         predictions = Evaluator(model, data, batch_size, strategy)(experiment.eval_split)
     cost = count_cost(model)
-    return {
+    result = {
         **predictions.summary(data.num_classes),
         "parameters": cost.parameters,
         "multiply_adds": cost.multiply_adds,
@@ -174,3 +230,7 @@ def evaluate_run(
         "step": step,
         "weights": weights,
     }
+    if writes:
+        predictions.write(workdir / "predictions.npz")
+        files.write_json(workdir / "eval.json", result)
+    return result
