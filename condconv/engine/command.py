@@ -15,12 +15,14 @@ from condconv.engine.errors import RunError, UsageError
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h; the second takes 32 MiB at most
 
 
-def run(main: Callable[[list[str]], int | None], arguments: str = "") -> None:
+def run(main: Callable[[list[str]], int | None], arguments: str = "", backend: bool = True) -> None:
     """Parses the flags, runs ``main`` on what is left of the command line, and exits.
 
     Args:
         main: the command; gets the arguments that are no flags.
         arguments: what these are called; empty if there are none.
+        backend: whether ``main`` needs Keras and TensorFlow at once; else it may import them by
+            ``import_backend`` when it does.
 
     Exit codes: 0 done (or what ``main`` returns); 1 a failed run; 2 a call that cannot work.
     """
@@ -36,7 +38,8 @@ def run(main: Callable[[list[str]], int | None], arguments: str = "") -> None:
         if rest and not arguments:
             raise UsageError(f"takes flags only, not {rest[0]!r}; see --help")
         keep_freed_memory()
-        _import_backend()
+        if backend:
+            import_backend()
         sys.exit(main(rest) or 0)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -52,8 +55,8 @@ def _fail(error: Exception, code: int) -> int:
     return code
 
 
-def _import_backend() -> None:
-    """Imports what every command needs, in silence.
+def import_backend() -> None:
+    """Imports what most commands need, in silence.
 
     Raises:
         UsageError: if Keras cannot have the backend that the environment names.
