@@ -11,7 +11,7 @@ reproduce its every printed number:
   anything elementwise.
 
 Under both a conditional kernel costs n·|W| more, for mixing it from n experts, and a routing its
-dense layer. ``macs`` are counted the plain way: convolutions, dense layers, mixing, routing.
+dense layers. ``macs`` are counted the plain way: convolutions, dense layers, mixing, routing.
 
 The model is traced once while every layer is watched, so nested, shared and subclassed models are
 counted by what they really do, at the image size asked for.

@@ -18,9 +18,12 @@ from typing import Any
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
+from condconv import arguments
 from condconv import ops as conditional
+from condconv.arguments import at_least_one, pair
 from condconv.formulations import Geometry
 from condconv.normalization import at_least_float32
+from condconv.routing import Routing, reseeded
 
 Tensor = Any
 Shape = tuple[int | None, ...]
@@ -36,15 +39,8 @@ def _each_expert(initializer: Any) -> Callable[..., Tensor]:
     initializer = initializers.get(initializer)
 
     def draw(shape: Shape, dtype: str | None = None) -> Tensor:
-        return ops.stack([of_expert(e)(shape[1:], dtype=dtype) for e in range(shape[0])])
-
-    def of_expert(expert: int) -> Callable[..., Tensor]:
-        seed = getattr(initializer, "seed", None)
-        if not isinstance(seed, int):
-            return initializer
-        copy = initializer.clone()
-        copy.seed = (seed + expert * 0x9E3779B1) % 2**31  # a stride coprime to 2^31: all differ
-        return copy
+        experts = (reseeded(initializer, e) for e in range(shape[0]))
+        return ops.stack([expert(shape[1:], dtype=dtype) for expert in experts])
 
     return draw
 
@@ -59,123 +55,6 @@ def _constrain_each_expert(constraint: Any) -> Callable[[Tensor], Tensor] | None
         return ops.stack([constraint(expert) for expert in each])
 
     return constrain
-
-
-def _pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(pair) != 2 or not all(type(v) is int and v >= 1 for v in pair):
-        raise ValueError(f"`{name}` takes a positive integer or two of them. Received: {value}")
-    return pair
-
-
-def _at_least_one(value: int, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` takes an integer of at least 1. Received: {value!r}")
-    return value
-
-
-def _data_format(value: str | None) -> str:
-    value = value or keras.config.image_data_format()
-    if value not in ("channels_last", "channels_first"):
-        raise ValueError(
-            f"`data_format` takes 'channels_last' or 'channels_first'. Received: {value!r}"
-        )
-    return value
-
-
-@keras.saving.register_keras_serializable(package="condconv")
-class Routing(keras.layers.Layer):
-    """Weighs the experts for each example: global average pool, dense, activation.
-
-    Computes in the precision of its variables, also under a mixed precision policy, and at least
-    in float32.
-
-    Args:
-        num_experts: how many experts to weigh, n.
-        activation: any of Keras'. The paper's is "sigmoid": several experts may serve an example.
-        use_bias: whether the dense layer has a bias.
-        data_format: "channels_last" or "channels_first"; Keras' own setting if None.
-        kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer: as in
-            ``keras.layers.Dense``. Glorot-uniform and zero, as in the official code, so that
-            every expert starts with a weight near 0.5.
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        activation: Any = "sigmoid",
-        use_bias: bool = True,
-        data_format: str | None = None,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        kernel_regularizer: Any = None,
-        bias_regularizer: Any = None,
-        **kwargs: Any,
-    ):
-        super().__init__(autocast=False, **kwargs)
-        self.num_experts = _at_least_one(num_experts, "num_experts")
-        self.activation = activations.get(activation)
-        self.use_bias = use_bias
-        self.data_format = _data_format(data_format)
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.kernel_regularizer = regularizers.get(kernel_regularizer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-
-    def build(self, input_shape: Shape) -> None:
-        """Makes the dense kernel (C, n) and bias (n,)."""
-        if len(input_shape) not in (2, 4):
-            raise ValueError(
-                "Routing takes (batch, height, width, channels) or (batch, channels). "
-                f"Received: shape {input_shape}"
-            )
-        axis = 1 if self.data_format == "channels_first" else -1
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=(input_shape[axis], self.num_experts),
-            initializer=self.kernel_initializer,
-            regularizer=self.kernel_regularizer,
-            autocast=False,
-        )
-        self.bias = None
-        if self.use_bias:
-            self.bias = self.add_weight(
-                name="bias",
-                shape=(self.num_experts,),
-                initializer=self.bias_initializer,
-                regularizer=self.bias_regularizer,
-                autocast=False,
-            )
-
-    def call(self, inputs: Tensor) -> Tensor:
-        """Maps (B, H, W, C) or (B, C) to routing weights (B, n)."""
-        dtype = at_least_float32(self.variable_dtype)
-        x = ops.cast(inputs, dtype)
-        if len(inputs.shape) == 4:
-            x = ops.mean(x, axis=(2, 3) if self.data_format == "channels_first" else (1, 2))
-        x = ops.matmul(x, ops.cast(self.kernel, dtype))
-        if self.bias is not None:
-            x = ops.add(x, ops.cast(self.bias, dtype))
-        return self.activation(x)
-
-    def compute_output_spec(self, inputs: Tensor) -> keras.KerasTensor:
-        """Returns the spec of (B, n), in the precision that it computes in."""
-        dtype = at_least_float32(self.variable_dtype)
-        return keras.KerasTensor((inputs.shape[0], self.num_experts), dtype=dtype)
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the arguments of this layer."""
-        return {
-            **super().get_config(),
-            "num_experts": self.num_experts,
-            "activation": activations.serialize(self.activation),
-            "use_bias": self.use_bias,
-            "data_format": self.data_format,
-            "kernel_initializer": initializers.serialize(self.kernel_initializer),
-            "bias_initializer": initializers.serialize(self.bias_initializer),
-            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
-            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
-        }
 
 
 class _Conditional(keras.layers.Layer):
@@ -203,8 +82,8 @@ class _Conditional(keras.layers.Layer):
         # Without autocast the experts are mixed in their own precision, and only the mixture is
         # cast: casting all n of them in every call costs more than the mixing.
         super().__init__(activity_regularizer=activity_regularizer, autocast=False, **kwargs)
-        self.num_experts = _at_least_one(num_experts, "num_experts")
-        self.data_format = _data_format(data_format)
+        self.num_experts = at_least_one(num_experts, "num_experts")
+        self.data_format = arguments.data_format(data_format)
         self.activation = activations.get(activation)
         self.use_bias = use_bias
         self.kernel_initializer = initializers.get(kernel_initializer)
@@ -358,9 +237,9 @@ class _ConditionalConv(_Conditional):
     ):
         super().__init__(num_experts, **kwargs)
         self.formulation: str | None = None
-        self.kernel_size = _pair(kernel_size, "kernel_size")
-        self.strides = _pair(strides, "strides")
-        self.dilation_rate = _pair(dilation_rate, "dilation_rate")
+        self.kernel_size = pair(kernel_size, "kernel_size")
+        self.strides = pair(strides, "strides")
+        self.dilation_rate = pair(dilation_rate, "dilation_rate")
         self.padding = str(padding).lower()
         if self.padding not in ("valid", "same"):
             raise ValueError(f"`padding` takes 'valid' or 'same'. Received: {padding!r}")
@@ -498,7 +377,7 @@ class CondConv2D(_ConditionalConv):
             kernel_initializer=kernel_initializer,
             **kwargs,
         )
-        self.filters = _at_least_one(filters, "filters")
+        self.filters = at_least_one(filters, "filters")
 
     def expert_shape(self, channels: int) -> Shape:
         """Returns (kernel height, kernel width, in, filters)."""
@@ -551,7 +430,7 @@ class DepthwiseCondConv2D(_ConditionalConv):
         **kwargs: Any,
     ):
         super().__init__(kernel_size, num_experts, strides, padding, dilation_rate, **kwargs)
-        self.depth_multiplier = _at_least_one(depth_multiplier, "depth_multiplier")
+        self.depth_multiplier = at_least_one(depth_multiplier, "depth_multiplier")
 
     def expert_shape(self, channels: int) -> Shape:
         """Returns (kernel height, kernel width, in, depth_multiplier)."""
@@ -592,7 +471,7 @@ class CondDense(_Conditional):
 
     def __init__(self, units: int, num_experts: int, **kwargs: Any):
         super().__init__(num_experts, **kwargs, data_format="channels_last")
-        self.units = _at_least_one(units, "units")
+        self.units = at_least_one(units, "units")
 
     def expert_shape(self, channels: int) -> Shape:
         """Returns (in, units)."""

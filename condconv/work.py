@@ -9,13 +9,14 @@ import keras
 from keras import layers
 
 from condconv.depthwise import DepthwiseConv2D
-from condconv.layers import CondConv2D, CondDense, DepthwiseCondConv2D, Logits, Routing
+from condconv.layers import CondConv2D, CondDense, DepthwiseCondConv2D, Logits
 from condconv.normalization import (
     BatchNormalization,
     BatchNormShift,
     FromBatchNorm,
     PixelNormalization,
 )
+from condconv.routing import Routing
 from condconv.stochastic import Dropout, StochasticDepth
 
 Shape = tuple[int, ...]
@@ -110,8 +111,9 @@ def _mixing(layer: Any) -> Work:
 def _routing(layer: Any, inputs: list[Shape], output: Shape) -> Work:
     """The pooling adds up all positions, where there are any."""
     pooled = math.prod(inputs[0]) if len(inputs[0]) == 3 else 0
-    bias = layer.num_experts if layer.use_bias else 0
-    return Work(routing=math.prod(layer.kernel.shape), routing_elementwise=pooled + bias)
+    dense = sum(math.prod(k.shape) for k in (layer.kernel, layer.hidden_kernel) if k is not None)
+    bias = layer.num_experts + layer.hidden_units if layer.use_bias else 0
+    return Work(routing=dense, routing_elementwise=pooled + bias)
 
 
 def _channel_axis(layer: Any) -> int:

@@ -2,8 +2,8 @@
 
 An architecture is a table of :class:`Stage` rows. A block never knows whether it is static or
 conditional: it asks its :class:`Convs` for convolutions, and the one object that makes them
-decides. It computes the routing once, from the block's input, so that all convolutions of a block
-share it (arXiv:1904.04971, section 3).
+decides. It has one routing, so that all convolutions of a block share it (arXiv:1904.04971,
+section 3); where that comes from is the matter of ``models.routing``.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ from typing import Any
 
 import keras
 
-from condconv import CondConv2D, CondDense, DepthwiseCondConv2D, Routing
+from condconv import CondConv2D, CondDense, DepthwiseCondConv2D
 from condconv.depthwise import DepthwiseConv2D
 from condconv.normalization import BatchNormalization, at_least_float32
-from condconv.stochastic import Dropout, StochasticDepth
+from condconv.stochastic import StochasticDepth
 
 Tensor = Any
 
@@ -93,21 +93,13 @@ class Convs:
     Args:
         style: what the network's convolutions have in common.
         name: of the block; layers are called ``name_part``, so that paths of weights are stable.
-        x: the block's input, which the routing reads.
-        num_experts: 0 for a static block.
+        routing_weights: (B, n), of the block's n experts; None for a static block.
     """
 
-    def __init__(self, style: Style, name: str, x: Tensor, num_experts: int):
+    def __init__(self, style: Style, name: str, routing_weights: Tensor | None = None):
         self.style = style
         self.name = name
-        self._num_experts = num_experts
-        self._routing = self._route(x) if num_experts else None
-
-    def _route(self, x: Tensor) -> Tensor:
-        routing = Routing(self._num_experts, name=f"{self.name}_routing")(x)
-        if not self.style.expert_dropout:
-            return routing
-        return Dropout(self.style.expert_dropout, name=f"{self.name}_expert_dropout")(routing)
+        self._routing_weights = routing_weights
 
     def conv(
         self,
@@ -141,7 +133,9 @@ class Convs:
             "padding": padding,
             "use_bias": False,
         }
-        initializer = "kernel_initializer" if self._num_experts else "depthwise_initializer"
+        initializer = (
+            "depthwise_initializer" if self._routing_weights is None else "kernel_initializer"
+        )
         arguments[initializer] = self.style.kernel_initializer
         x = self._apply(x, part, DepthwiseConv2D, DepthwiseCondConv2D, arguments)
         return self._normalize(x, part, linear=False, gamma="ones")
@@ -161,10 +155,10 @@ class Convs:
         arguments: dict[str, Any],
     ) -> Tensor:
         name = f"{self.name}_{part}" if part else self.name
-        if self._routing is None:
+        if self._routing_weights is None:
             return static(name=name, **arguments)(x)
-        layer = conditional(name=name, num_experts=self._num_experts, **arguments)
-        return layer(x, self._routing)
+        layer = conditional(name=name, num_experts=self._routing_weights.shape[1], **arguments)
+        return layer(x, self._routing_weights)
 
     def _normalize(self, x: Tensor, part: str, linear: bool, gamma: str) -> Tensor:
         x = BatchNormalization(

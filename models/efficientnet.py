@@ -13,6 +13,7 @@ import keras
 from condconv.activation import swish
 from models.blocks import Stage, Style, inverted_bottleneck
 from models.network import Network, Normalization, round_filters, scale
+from models.routing import Knobs
 
 _MBConv = functools.partial(Stage, block=inverted_bottleneck, se_ratio=0.25)
 
@@ -40,6 +41,7 @@ def efficientnet_b0(
     first_condconv_block: int | None = None,
     condconv_head: bool = False,
     condconv_classifier: bool = False,
+    routing: Knobs | None = None,
     batch_norm_momentum: float = 0.99,
     batch_norm_epsilon: float = 1e-3,
     normalization: Normalization | None = None,
@@ -49,8 +51,8 @@ def efficientnet_b0(
 
     Args:
         num_classes, num_experts, image_size, survival, first_condconv_block, condconv_head,
-            condconv_classifier: see ``models.network.Network``. By default the blocks of the last
-            three stages are conditional, from the ninth of B0 on.
+            condconv_classifier, routing: see ``models.network.Network``. By default the blocks of
+            the last three stages are conditional, from the ninth of B0 on.
         width: multiplier of the filters.
         depth: multiplier of the repeats.
         dropout: by default 0.2, or 0.25 with experts, as officially.
@@ -89,6 +91,7 @@ def efficientnet_b0(
         first_condconv_block=first_condconv_block,
         condconv_head=condconv_head,
         condconv_classifier=condconv_classifier,
+        routing=routing,
         image_size=image_size,
         dropout=dropout,
         survival=survival,
@@ -108,6 +111,7 @@ def efficientnet_b0_depth(
     first_condconv_block: int | None = None,
     condconv_head: bool = False,
     condconv_classifier: bool = False,
+    routing: Knobs | None = None,
     batch_norm_momentum: float = 0.99,
     batch_norm_epsilon: float = 1e-3,
     normalization: Normalization | None = None,

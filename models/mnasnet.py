@@ -7,6 +7,7 @@ import keras
 
 from models.blocks import Stage, Style, inverted_bottleneck
 from models.network import Network, Normalization, round_filters
+from models.routing import Knobs
 
 _MBConv = functools.partial(Stage, block=inverted_bottleneck)
 
@@ -32,6 +33,7 @@ def mnasnet_a1(
     first_condconv_block: int = 11,
     condconv_head: bool = False,
     condconv_classifier: bool = False,
+    routing: Knobs | None = None,
     batch_norm_momentum: float = 0.99,
     batch_norm_epsilon: float = 1e-3,
     normalization: Normalization = "imagenet",
@@ -41,8 +43,9 @@ def mnasnet_a1(
 
     Args:
         num_classes, num_experts, image_size, dropout, survival, first_condconv_block,
-            condconv_head, condconv_classifier, normalization: see ``models.network.Network``. By
-            default the blocks of the last three groups are conditional.
+            condconv_head, condconv_classifier, routing, normalization: see
+            ``models.network.Network``. By default the blocks of the last three groups are
+            conditional.
         width: multiplier of the filters, but for the last convolution.
         batch_norm_momentum, batch_norm_epsilon, padding: see ``models.blocks.Style``.
     """
@@ -69,6 +72,7 @@ def mnasnet_a1(
         first_condconv_block=first_condconv_block,
         condconv_head=condconv_head,
         condconv_classifier=condconv_classifier,
+        routing=routing,
         image_size=image_size,
         dropout=dropout,
         survival=survival,

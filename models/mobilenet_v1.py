@@ -7,6 +7,7 @@ import keras
 
 from models.blocks import Stage, Style, separable
 from models.network import Network, Normalization, scale
+from models.routing import Knobs
 
 _Separable = functools.partial(Stage, block=separable)
 
@@ -28,6 +29,7 @@ def mobilenet_v1(
     dropout: float = 0.001,
     first_condconv_block: int = 6,
     condconv_classifier: bool = True,
+    routing: Knobs | None = None,
     batch_norm_momentum: float = 0.9,
     batch_norm_epsilon: float = 1e-3,
     normalization: Normalization = "inception",
@@ -36,9 +38,12 @@ def mobilenet_v1(
     """MobileNetV1: 567 M multiply-adds, 71.9 % top-1 (paper); 8 experts: 600 M, 73.7 %.
 
     Args:
-        num_classes, num_experts, image_size, dropout, first_condconv_block, condconv_classifier,
-            normalization: see ``models.network.Network``. By default the sixth separable block,
-            those behind it and the classifier are conditional.
+        num_classes, num_experts, image_size, dropout, routing, normalization: see
+            ``models.network.Network``.
+        first_condconv_block, condconv_classifier: by default the sixth separable block, those
+            behind it and the classifier are conditional. The paper's ablation of the placement
+            (Table 4) counts the stem as layer 1: its layers 1, 5, 7 and 13 are the blocks 0, 4, 6
+            and 12 here (costs tell), and 14 leaves the classifier alone.
         width: multiplier of the filters, rounded down and to at least 8 (slim's rule).
         batch_norm_momentum, batch_norm_epsilon, padding: see ``models.blocks.Style``. The paper
             trained with a momentum of 0.9; slim's 0.9997 leaves a short run at chance.
@@ -64,6 +69,7 @@ def mobilenet_v1(
         num_experts=num_experts,
         first_condconv_block=first_condconv_block,
         condconv_classifier=condconv_classifier,
+        routing=routing,
         image_size=image_size,
         dropout=dropout,
         normalization=normalization,

@@ -7,6 +7,7 @@ import keras
 
 from models.blocks import Stage, Style, inverted_bottleneck
 from models.network import Network, Normalization, round_filters
+from models.routing import Knobs
 
 _Bottleneck = functools.partial(Stage, block=inverted_bottleneck, expansion=6)
 
@@ -32,6 +33,7 @@ def mobilenet_v2(
     first_condconv_block: int = 2,
     condconv_head: bool = True,
     condconv_classifier: bool = True,
+    routing: Knobs | None = None,
     batch_norm_momentum: float = 0.9,
     batch_norm_epsilon: float = 1e-3,
     normalization: Normalization = "inception",
@@ -41,7 +43,7 @@ def mobilenet_v2(
 
     Args:
         num_classes, num_experts, image_size, dropout, survival, condconv_head,
-            condconv_classifier, normalization: see ``models.network.Network``.
+            condconv_classifier, routing, normalization: see ``models.network.Network``.
         width: multiplier of the filters; the last convolution only grows with it.
         first_condconv_block: counted from 1. The paper's number of multiply-adds fits conditional
             blocks from the second on (328.97 M, the last six of seven groups); its text can also
@@ -70,6 +72,7 @@ def mobilenet_v2(
         first_condconv_block=first_condconv_block,
         condconv_head=condconv_head,
         condconv_classifier=condconv_classifier,
+        routing=routing,
         image_size=image_size,
         dropout=dropout,
         survival=survival,

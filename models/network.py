@@ -10,6 +10,7 @@ from condconv.layers import Logits
 from condconv.normalization import PixelNormalization
 from condconv.stochastic import Dropout
 from models.blocks import Convs, Stage, Style
+from models.routing import Knobs, Router, Routers
 
 Tensor = Any
 
@@ -70,8 +71,10 @@ class Network:
         first_condconv_block: the first conditional block, counted from 1; those behind it are
             conditional too. 0 makes the stem conditional as well; one more than there are blocks
             leaves all of them static.
-        condconv_head, condconv_classifier: whether these are conditional, each with a routing of
-            its own on its input.
+        condconv_head, condconv_classifier: whether these are conditional.
+        routing: knobs of the routers by name, those of ``models.routing.Routers``, such as
+            ``{"activation": "softmax"}``. By default each conditional block, stem, head and
+            classifier has a router of its own on its input.
         image_size: height and width of the input; None leaves them open.
         dropout: share of the pooled features set to zero in training.
         survival: probability with which the last residual branch is kept in training, falling
@@ -93,6 +96,7 @@ class Network:
     first_condconv_block: int = 1
     condconv_head: bool = False
     condconv_classifier: bool = False
+    routing: Knobs | None = None
     image_size: int | None = 224
     dropout: float = 0.0
     survival: float = 1.0
@@ -120,20 +124,23 @@ class Network:
 
     def build(self) -> keras.Model:
         """Returns the model: pixels (B, H, W, 3) of 0–255 → logits (B, num_classes) float32."""
+        routers = Routers.of(self.routing or {})
+        router = Router(routers, self.num_experts, self.style.expert_dropout)
         inputs = keras.Input((self.image_size, self.image_size, 3), name="images")
-        x = self._stem(_normalize(inputs, self.normalization))
-        x = self._blocks(x)
+        x = self._stem(_normalize(inputs, self.normalization), router)
+        x = self._blocks(x, router)
         if self.head_filters:
-            convs = self._convs("head", x, self.condconv_head)
+            convs = self._convs("head", x, router, self.condconv_head)
             x = convs.conv(x, "conv", self.head_filters)
         x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
-        return keras.Model(inputs, self._classifier(x), name=self.name)
+        return keras.Model(inputs, self._classifier(x, router), name=self.name)
 
-    def _convs(self, name: str, x: Tensor, conditional: bool) -> Convs:
-        return Convs(self.style, name, x, self.num_experts if conditional else 0)
+    def _convs(self, name: str, x: Tensor, router: Router, conditional: bool) -> Convs:
+        conditional = conditional and self.num_experts > 0
+        return Convs(self.style, name, router.route(name, x) if conditional else None)
 
-    def _stem(self, x: Tensor) -> Tensor:
-        convs = self._convs("stem", x, self.first_condconv_block == 0)
+    def _stem(self, x: Tensor, router: Router) -> Tensor:
+        convs = self._convs("stem", x, router, self.first_condconv_block == 0)
         x = convs.conv(x, "conv", self.stem_filters, self.stem_kernel_size, strides=2)
         if not self.stem_pool:
             return x
@@ -142,17 +149,18 @@ class Network:
             x, padding = keras.layers.ZeroPadding2D(1, name="stem_pool_pad")(x), "valid"
         return keras.layers.MaxPooling2D(3, 2, padding, name="stem_pool")(x)
 
-    def _blocks(self, x: Tensor) -> Tensor:
+    def _blocks(self, x: Tensor, router: Router) -> Tensor:
         blocks = unroll(self.stages)
         for index, stage in enumerate(blocks):
             conditional = index + 1 >= self.first_condconv_block
-            convs = self._convs(f"block{index + 1}", x, conditional)
+            convs = self._convs(f"block{index + 1}", x, router, conditional)
             survival = 1 - (1 - self.survival) * index / len(blocks)
             x = stage.block(x, stage, convs, survival)
         return x
 
-    def _classifier(self, x: Tensor) -> Tensor:
-        convs = self._convs("classifier", x, self.condconv_classifier)  # routes before dropout
+    def _classifier(self, x: Tensor, router: Router) -> Tensor:
+        # The router sees the features before dropout.
+        convs = self._convs("classifier", x, router, self.condconv_classifier)
         if self.dropout:
             x = Dropout(self.dropout, name="dropout")(x)
         x = convs.dense(x, "", self.num_classes, self.classifier_initializer)

@@ -139,7 +139,7 @@ def timm_names(model: keras.Model) -> Names:
     names = {}
     for path in variables_of(model):
         layer, weight = path.rsplit("/", 1)
-        names[path] = f"{rule(layer, blocks, model)}.{_WEIGHTS[weight]}"
+        names[path] = f"{rule(layer, blocks, model)}.{_WEIGHTS.get(weight, weight)}"
     return names
 
 

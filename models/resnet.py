@@ -10,6 +10,7 @@ import keras
 
 from models.blocks import Stage, Style, bottleneck
 from models.network import Network, Normalization, round_filters
+from models.routing import Knobs
 
 _Bottleneck = functools.partial(Stage, block=bottleneck, expansion=4)
 
@@ -31,6 +32,7 @@ def resnet50(
     survival: float = 1.0,
     first_condconv_block: int = 14,
     condconv_classifier: bool = False,
+    routing: Knobs | None = None,
     batch_norm_momentum: float = 0.9,
     batch_norm_epsilon: float = 1e-5,
     normalization: Normalization = "imagenet",
@@ -41,8 +43,9 @@ def resnet50(
 
     Args:
         num_classes, num_experts, image_size, dropout, survival, first_condconv_block,
-            condconv_classifier, normalization: see ``models.network.Network``. By default the
-            last three blocks are conditional, the projection shortcut among their layers.
+            condconv_classifier, routing, normalization: see ``models.network.Network``. By
+            default the last three blocks are conditional, the projection shortcut among their
+            layers.
         width: multiplier of the filters.
         batch_norm_momentum, batch_norm_epsilon, padding, expert_dropout: see
             ``models.blocks.Style``. The paper drops experts in this network alone, at a rate that
@@ -72,6 +75,7 @@ def resnet50(
         num_experts=num_experts,
         first_condconv_block=first_condconv_block,
         condconv_classifier=condconv_classifier,
+        routing=routing,
         image_size=image_size,
         dropout=dropout,
         survival=survival,

@@ -915,7 +915,7 @@ WINDOW = {
     "dilation_rate": 1,
 }
 CONFIGURATIONS = [
-    (Routing, {**SHARED, "num_experts": 3, "data_format": "channels_first"}),
+    (Routing, {**SHARED, "num_experts": 3, "data_format": "channels_first", "hidden_units": 5}),
     (CondConv2D, {**CONDITIONAL, **WINDOW, "filters": 5, "groups": 1}),
     (DepthwiseCondConv2D, {**CONDITIONAL, **WINDOW, "depth_multiplier": 2}),
     (
@@ -1349,6 +1349,7 @@ BAD = [
         for value in (0, -1, True, 1.5)
     ),
     (Routing, {"num_experts": 2, "data_format": "foo"}, "'channels_first'.*Received: 'foo'"),
+    *((Routing, {"num_experts": 2, "hidden_units": v}, rf"`hidden_units`.*{v}") for v in (-1, 0.5)),
     (CondConv2D, {**CONV, "groups": 2}, "groups=2"),
     (CondConv2D, {**CONV, "filters": 0}, "`filters`.*Received: 0"),
     (CondDense, {**DENSE, "units": 0}, "`units`.*Received: 0"),
