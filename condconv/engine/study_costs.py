@@ -1,0 +1,49 @@
+"""What the rows of a table cost, counted as a run would count them, beside what was published."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from condconv.cost import count_cost
+from condconv.engine import config
+from condconv.engine.experiment import build_data, build_model
+from condconv.engine.study_table import Published, Row, Table
+
+
+def cost_lines(table: Table) -> Iterator[dict[str, Any]]:
+    """Counts row by row, each as it is asked for.
+
+    Yields:
+        ``name``, ``parameters``, ``multiply_adds`` and ``macs`` for one image of ImageNet, and for
+        ``parameters``, ``multiply_adds`` and ``top1`` what was published of them: ``paper_…`` (in
+        units; ``top1`` in percent), ``…_certainty`` and, of the first two, ``…_agree``; each None
+        where nothing was.
+
+    Raises:
+        UsageError: if a row's config or bindings are wrong.
+    """
+    for row in table.rows:
+        keras.backend.clear_session(free_memory=True)
+        yield _line(row)
+
+
+def _line(row: Row) -> dict[str, Any]:
+    file, bindings = row.gin("imagenet2012")
+    experiment = config.load([file], bindings)
+    num_classes = build_data(experiment, stand_in=True).num_classes
+    cost = count_cost(build_model(experiment, num_classes))
+    line = {"name": row.name, "macs": cost.macs}
+    for name in ("parameters", "multiply_adds"):
+        line |= _beside(name, getattr(cost, name), getattr(row, name))
+    top1 = row.top1
+    return line | {"paper_top1": top1 and top1.value, "top1_certainty": top1 and top1.certainty}
+
+
+def _beside(name: str, ours: int, published: Published | None) -> dict[str, Any]:
+    return {
+        name: ours,
+        f"paper_{name}": published and round(published.value * 1e6),
+        f"{name}_certainty": published and published.certainty,
+        f"{name}_agree": published and published.agrees(ours / 1e6),
+    }

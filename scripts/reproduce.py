@@ -1,0 +1,50 @@
+"""Reproduces a table of the paper: its costs, on digits in little, or on ImageNet.
+
+python scripts/reproduce.py --table=imagenet --dataset=digits --seeds=3 --workdir=runs/study
+"""
+
+from absl import flags
+
+from condconv.engine import command
+
+_TABLE = flags.DEFINE_string(
+    "table", None, "imagenet, released, frontier, experts, routing, placement, or a file ….toml."
+)
+_DATASET = flags.DEFINE_enum(
+    "dataset", "none", ["none", "digits", "imagenet2012"], "To train on; none counts costs alone."
+)
+_SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each row: seeds 0, 1, ….", lower_bound=1)
+_JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time; they share the cores.", lower_bound=1)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder; runs go to WORKDIR/TABLE/DATASET.")
+_GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Binding behind those of every row.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON: a list of objects, one a row.")
+
+
+def main(_: list[str]) -> int:
+    """Runs what is missing, then prints the table."""
+    from condconv.engine import files, study_table, study_text
+    from condconv.engine.errors import UsageError
+
+    if not _TABLE.value:
+        raise UsageError("needs --table=NAME; see --help")
+    table = study_table.read_table(_TABLE.value)
+    if _DATASET.value == "none":
+        command.import_backend()
+        from condconv.engine import study_costs
+
+        study_text.show_costs(study_costs.cost_lines(table), _JSON.value)
+        return 0
+    if not _WORKDIR.value:
+        raise UsageError(f"--dataset={_DATASET.value} needs --workdir=FOLDER; see --help")
+    from condconv.engine import sweep
+    from condconv.engine.study import Study
+
+    folder = files.path(_WORKDIR.value) / table.name / _DATASET.value
+    study = Study(table, _DATASET.value, tuple(_GIN_PARAM.value))
+    code = sweep.run(study, folder, range(_SEEDS.value), _JOBS.value)
+    study_text.show_results(folder, _JSON.value)
+    return code
+
+
+if __name__ == "__main__":
+    command.run(main, backend=False)
