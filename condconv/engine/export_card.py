@@ -13,10 +13,12 @@ def metadata(source: Source, fold: bool) -> dict[str, Any]:
     """Returns what a program needs to use a file.
 
     The keys are ``name``, ``source``, ``images`` and ``logits`` (what they are), ``labels`` (class
-    names, or none), ``preprocessing`` (the gin bindings that say how images are cut, or none) and
-    ``batch_norm_folded``.
+    names, or none), ``preprocessing`` (the gin bindings that say how images are cut, or none),
+    ``batch_norm_folded``, and the cost of the source, ``parameters``, ``multiply_adds`` and
+    ``macs`` for one image, by the ``rule`` of ``condconv.count_cost``.
     """
     model = source.model
+    cost = count_cost(model, image_size=None if model.input_shape[1] else 224)
     shape = ", ".join("any" if size is None else str(size) for size in model.input_shape[1:])
     return {
         "name": model.name,
@@ -26,6 +28,7 @@ def metadata(source: Source, fold: bool) -> dict[str, Any]:
         "labels": list(source.class_names),
         "preprocessing": list(source.preprocessing),
         "batch_norm_folded": fold,
+        **{key: getattr(cost, key) for key in ("parameters", "multiply_adds", "macs", "rule")},
     }
 
 
@@ -41,14 +44,13 @@ def card(
         checksums: SHA-256 of each file by its path.
     """
     about = metadata(source, fold)
-    cost = count_cost(source.model, image_size=None if source.model.input_shape[1] else 224)
     facts = {
         "weights": source.origin,
         "`images`": about["images"],
         "`logits`": about["logits"],
-        "parameters": f"{cost.parameters:,}",
-        "multiply-adds per image": f"{cost.multiply_adds:,} (rule {cost.rule})",
-        "MACs per image": f"{cost.macs:,}",
+        "parameters": f"{about['parameters']:,}",
+        "multiply-adds per image": f"{about['multiply_adds']:,} (rule {about['rule']})",
+        "MACs per image": f"{about['macs']:,}",
         "batch normalisation": "folded into the convolutions" if fold else "as it was trained",
     }
     parts = [f"# {source.model.name}", _table(("", ""), facts.items())]

@@ -4,12 +4,14 @@ A process that has just written a file holds state that the file may lack, so wh
 file proves little. ``run_apart`` asks a fresh interpreter, which imports the runtime and no more.
 """
 
+import dataclasses
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +29,29 @@ _MAIN = (
 )
 
 
-def open_network(path: str) -> Callable[[Images], Logits]:
-    """Returns the network in a file, as its runtime computes it: images to logits.
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A network in a file, as its runtime computes it: a map of images to logits.
+
+    Attributes:
+        run: the map.
+        input_shape: of images, (N, H, W, C); None for a size that may be any.
+        output_shape: of logits, (N, classes).
+        model: the network itself, of a ``.keras`` file.
+    """
+
+    run: Callable[[Images], Logits]
+    input_shape: tuple[int | None, ...]
+    output_shape: tuple[int | None, ...]
+    model: Any = None
+
+    def __call__(self, images: Images) -> Logits:
+        """Runs it."""
+        return self.run(images)
+
+
+def open_network(path: str) -> Opened:
+    """Returns the network in a file.
 
     Args:
         path: of a ``.keras``, ``.onnx`` or ``.tflite`` file, or the folder of a SavedModel.
@@ -36,38 +59,53 @@ def open_network(path: str) -> Callable[[Images], Logits]:
     return _OPEN.get(pathlib.PurePath(path).suffix, _open_saved_model)(path)
 
 
-def _open_keras(path: str) -> Callable[[Images], Logits]:
+def _open_keras(path: str) -> Opened:
     import keras
 
     import condconv  # noqa: F401  registers the layers
 
     model = keras.saving.load_model(path, compile=False)
-    return lambda images: np.asarray(model(images, training=False))
+
+    def run(images: Images) -> Logits:
+        return np.asarray(model(images, training=False))
+
+    return Opened(run, model.input_shape, model.output_shape, model)
 
 
-def _open_saved_model(path: str) -> Callable[[Images], Logits]:
+def _open_saved_model(path: str) -> Opened:
     import tensorflow as tf
 
     loaded = tf.saved_model.load(path)
+    serve = loaded.signatures["serving_default"]
+    images, logits = serve.structured_input_signature[1]["images"], serve.structured_outputs
 
     def run(images: Images) -> Logits:  # of `loaded`, for a signature keeps no variables alive
         return loaded.signatures["serving_default"](images=tf.constant(images))["logits"].numpy()
 
-    return run
+    return Opened(run, tuple(images.shape), tuple(logits["logits"].shape))
 
 
-def _open_onnx(path: str) -> Callable[[Images], Logits]:
+def _open_onnx(path: str) -> Opened:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(["logits"], {"images": images})[0]
+    ends = (session.get_inputs()[0], session.get_outputs()[0])
+    shapes = (_sizes(end.shape) for end in ends)
+    return Opened(lambda images: session.run(["logits"], {"images": images})[0], *shapes)
 
 
-def _open_litert(path: str) -> Callable[[Images], Logits]:
+def _open_litert(path: str) -> Opened:
     from ai_edge_litert.interpreter import Interpreter
 
     run = Interpreter(model_path=path).get_signature_runner("serving_default")
-    return lambda images: run(images=images)["logits"]
+    ends = (run.get_input_details()["images"], run.get_output_details()["logits"])
+    shapes = (_sizes(end["shape_signature"]) for end in ends)
+    return Opened(lambda images: run(images=images)["logits"], *shapes)
+
+
+def _sizes(shape: Sequence[Any]) -> tuple[int | None, ...]:
+    """Returns a shape with None where a runtime has a name, or −1."""
+    return tuple(None if isinstance(n, str | None) or n < 0 else int(n) for n in shape)
 
 
 _OPEN = {".keras": _open_keras, ".onnx": _open_onnx, ".tflite": _open_litert}
