@@ -48,7 +48,8 @@ class Row:
         name: also of its folder.
         config: gin file of its training on ImageNet, from the root of the checkout.
         proxy: gin file of its training on hard digits.
-        baseline: name of the row that it is compared with, its static twin; None for a baseline.
+        baseline: name of the row that it is compared with, mostly its static twin; None for
+            that one.
         bindings: gin bindings behind either file.
         imagenet2012, digits: gin bindings behind one of them, and behind ``bindings``.
         multiply_adds, parameters: of the paper, in millions; None where none is known.
@@ -81,12 +82,15 @@ class Table:
         name: of its file.
         title: a line for people.
         rows: in order; each baseline comes before those compared with it.
+        counted_as: which of our counts, "multiply_adds" or "macs", stands beside what the paper
+            calls multiply-adds.
         text: of its file.
     """
 
     name: str
     title: str
     rows: tuple[Row, ...]
+    counted_as: str = "multiply_adds"
     text: str = dataclasses.field(repr=False, default="")
 
     def row(self, name: str) -> Row | None:
@@ -123,11 +127,12 @@ _PUBLISHED = ("multiply_adds", "parameters", "top1")
 _TEXTS = ("name", "config", "proxy", "baseline")
 _LISTS = ("bindings", "imagenet2012", "digits")
 _SHARED = ("config", "proxy")
+_COUNTS = ("multiply_adds", "macs")
 
 
 def _table(name: str, text: str) -> Table:
     values = tomllib.loads(text)
-    _check_keys(values, required=("title", "rows"), optional=_SHARED)
+    _check_keys(values, required=("title", "rows"), optional=(*_SHARED, "counted_as"))
     shared = {key: _text(values, key) for key in _SHARED if key in values}
     rows = values["rows"]
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -140,7 +145,10 @@ def _table(name: str, text: str) -> Table:
         except ValueError as error:
             raise ValueError(f"row {row.get('name', number)!r}: {error}") from error
         read[new.name] = new
-    return Table(name, _text(values, "title"), tuple(read.values()), text)
+    counted_as = values.get("counted_as", _COUNTS[0])
+    if counted_as not in _COUNTS:
+        raise ValueError(f"counted_as takes {' or '.join(_COUNTS)}, not {counted_as!r}")
+    return Table(name, _text(values, "title"), tuple(read.values()), counted_as, text)
 
 
 def _row(values: Mapping[str, Any]) -> Row:

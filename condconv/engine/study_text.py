@@ -37,6 +37,7 @@ _COSTS: tuple[tuple[str, int, Callable[[Mapping[str, Any]], str]], ...] = (
     ("parameters", 11, lambda line: f"{line['parameters']:,}"),
     ("paper", 6, lambda line: _millions(line["paper_parameters"])),
     ("agrees", 6, lambda line: _agreement(line["parameters_agree"])),
+    ("macs", 13, lambda line: f"{line['macs']:,}"),
     ("multiply_adds", 13, lambda line: f"{line['multiply_adds']:,}"),
     ("paper", 6, lambda line: _millions(line["paper_multiply_adds"])),
     ("agrees", 6, lambda line: _agreement(line["multiply_adds_agree"])),
@@ -149,6 +150,6 @@ def _explanation(views: int) -> str:
     image = f"image, its {views} views counted once" if views > 1 else "image"
     return f"""
 top1: percent, mean ±standard deviation over seeds (95 % interval of the mean by Student's t).
-gain: points above the static row, seed by seed (95 % interval), and p of a paired t-test.
+gain: points above the row's baseline, seed by seed (95 % interval), and p of a paired t-test.
 gain_by_image: the same between these very runs, {image}: tells of other images, not other seeds.
 paper: on ImageNet."""
