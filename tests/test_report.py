@@ -5,7 +5,7 @@ import json
 import pytest
 from etils import epath
 
-from condconv.engine import files, report, tables
+from condconv.engine import files, records, report, tables
 from condconv.engine.errors import RunError, UsageError
 
 RESULT = {
@@ -84,7 +84,7 @@ def test_metrics_of_strange_lines_are_drawn_as_far_as_they_go(run, tmp_path, mon
     lines = [{"step": step, "train_top1": 0.1, "val_top1": 0.5} for step in range(3)]
     lines += [3, [], None, {"val_top1": 1}, {"step": "x", "val_top1": 1}, {"step": 3}]
     lines += [{"step": 9, "val_top1": 0.75}]
-    monkeypatch.setattr(report, "read_metrics", lambda _: lines)
+    monkeypatch.setattr(records, "read_metrics", lambda _: lines)
     (label, _, points), (other, _, more) = report._curves(run)
     assert (label, len(points)) == ("run, training", 3)
     assert (other, more[-1], len(more)) == ("run, evaluation", (9, 75.0), 4)
@@ -144,7 +144,7 @@ def test_metrics_that_cannot_be_read_are_one_line(run, error, monkeypatch):
     def raising(_):
         raise error
 
-    monkeypatch.setattr(report, "read_metrics", raising)
+    monkeypatch.setattr(records, "read_metrics", raising)
     assert f"the metrics of {run} cannot be read (No access)" in message_of(
         lambda: report._curves(run)
     )

@@ -1,30 +1,21 @@
-"""Runs side by side: a table of what they cost and reached, and their curves."""
+"""Runs side by side: what they cost and reached and their curves, as a table, plot or page."""
 
+import dataclasses
 import io
+import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 from etils import epath
 
-from condconv.engine import files
-from condconv.engine.errors import UsageError
-from condconv.engine.telemetry import read_metrics
+from condconv.cost import count_cost
+from condconv.engine import files, page, records
+from condconv.engine.charts import COLOURS
 
-# Okabe and Ito's colours, which people of every colour vision tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _STYLES = {"train": ":", "minival": "-", "val": "-"}
 _LABELS = {"train": "training", "minival": "selection", "val": "evaluation"}
-
-
-# What a row takes from eval.json, and of which type.
-_RESULTS = {
-    "parameters": int,
-    "multiply_adds": int,
-    "top1": float,
-    "images": int,
-    "dataset": str,
-    "split": str,
-}
 
 
 def compare(workdirs: Sequence[epath.Path]) -> list[dict[str, Any]]:
@@ -35,7 +26,7 @@ def compare(workdirs: Sequence[epath.Path]) -> list[dict[str, Any]]:
     """
     rows = []
     for workdir in workdirs:
-        result = _result(workdir)
+        result = records.read_result(workdir)
         rows.append(
             {
                 "run": workdir.name,
@@ -47,23 +38,6 @@ def compare(workdirs: Sequence[epath.Path]) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _result(workdir: epath.Path) -> dict[str, Any]:
-    """Returns what ``eval.json`` holds, checked."""
-    path, again = workdir / "eval.json", f"run eval.py --workdir={workdir}"
-    if not files.is_file(path):
-        raise UsageError(f"{workdir} has no eval.json: {again} first")
-    result = files.read_json(path)
-    for name, kind in _RESULTS.items():
-        if name not in result:
-            raise UsageError(f"{path} lacks {name!r}: {again} again")
-        if type(result[name]) not in (kind, int if kind is float else kind):
-            raise UsageError(
-                f"{path} holds {name!r} of {result[name]!r}, which is no {kind.__name__}: "
-                f"{again} again"
-            )
-    return result
 
 
 def plot_accuracy(workdirs: Sequence[epath.Path], output: epath.Path) -> None:
@@ -80,7 +54,7 @@ def plot_accuracy(workdirs: Sequence[epath.Path], output: epath.Path) -> None:
     files.check_output(output, "--output")
     curves = [_curves(workdir) for workdir in workdirs]
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for of_run, colour in zip(curves, _COLOURS * len(curves), strict=False):
+    for of_run, colour in zip(curves, COLOURS * len(curves), strict=False):
         for label, style, points in of_run:
             axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
     axes.set(xlabel="step", ylabel="top-1 accuracy (%)", ylim=(0, 101))
@@ -95,26 +69,44 @@ def plot_accuracy(workdirs: Sequence[epath.Path], output: epath.Path) -> None:
 
 def _curves(workdir: epath.Path) -> list[tuple[str, str, list[tuple[float, float]]]]:
     """Returns label, style and points (step, percent) of each curve that a run has."""
-    try:
-        metrics = read_metrics(workdir)
-    except (ValueError, *files.path_errors()) as error:
-        raise UsageError(
-            f"the metrics of {workdir} cannot be read ({files.reason(error)}): restore or remove "
-            "its metrics.jsonl"
-        ) from error
-    curves = [
-        (f"{workdir.name}, {_LABELS[prefix]}", style, _points(metrics, f"{prefix}_top1"))
-        for prefix, style in _STYLES.items()
-    ]
+    metrics, curves = records.metrics_of(workdir), []
+    for prefix, style in _STYLES.items():
+        points = records.points(metrics, f"{prefix}_top1", 100)
+        drawn = [(step, value) for step, value in points if value is not None]
+        curves.append((f"{workdir.name}, {_LABELS[prefix]}", style, drawn))
     return [curve for curve in curves if curve[-1]]
 
 
-def _points(metrics: Sequence[Any], name: str) -> list[tuple[float, float]]:
-    """Returns (step, percent) wherever a line has both."""
-    lines = [line for line in metrics if isinstance(line, dict)]
-    pairs = [(line.get("step"), line.get(name)) for line in lines]
-    return [
-        (step, 100 * share)
-        for step, share in pairs
-        if isinstance(step, int | float) and isinstance(share, int | float)
-    ]
+def write(workdirs: Sequence[epath.Path], output: epath.Path) -> list[str]:
+    """Writes the page of one run, or of several side by side.
+
+    Args:
+        workdirs: of the runs.
+        output: an HTML file.
+
+    Returns:
+        A line for each file that was left out, because it cannot be read.
+
+    Raises:
+        UsageError: if a folder is not that of a run, or the output cannot be written.
+    """
+    files.check_output(output, "--output")
+    runs = records.read(workdirs)
+    files.write_text(output, page.of_runs(runs))
+    return [problem for run in runs for problem in run.problems]
+
+
+def conclude(model: keras.Model, workdir: epath.Path) -> None:
+    """Writes ``cost.json`` and ``report.html`` of a run that has ended; failing, says so.
+
+    ``cost.json`` has the totals of the model's cost and, in ``rows``, those of each layer.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what cannot be counted is named in the file
+            cost = count_cost(model)
+        totals = {"multiply_adds": cost.multiply_adds, "macs": cost.macs}
+        files.write_json(workdir / "cost.json", totals | dataclasses.asdict(cost))
+        write([workdir], workdir / "report.html")
+    except Exception as error:  # the run is done, and its report is not worth failing for
+        logging.warning("%s/report.html was not written: %s", workdir, files.reason(error))

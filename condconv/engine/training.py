@@ -15,7 +15,7 @@ from typing import Any
 import tensorflow as tf
 from etils import epath
 
-from condconv.engine import checkpoints, config, devices, files, telemetry
+from condconv.engine import checkpoints, config, devices, files, report, telemetry
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.evaluation import Evaluator, Predictions
 from condconv.engine.experiment import Experiment, failing_in_one_line
@@ -89,6 +89,8 @@ def train(experiment: Experiment, workdir: epath.Path, tpu: str | None = None) -
     if stopped:
         print(f"stopped and saved; the same command goes on from {workdir}", file=sys.stderr)
         return 128 + (caught[0] if caught else signal.SIGTERM)
+    if chief:
+        report.conclude(run.model, workdir)
     return 0
 
 

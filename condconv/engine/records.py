@@ -1,0 +1,172 @@
+"""What a run left in its folder, as far as it can be read."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from condconv.engine import files
+from condconv.engine.errors import UsageError
+from condconv.engine.telemetry import read_metrics
+
+Points = list[tuple[float, float | None]]
+"""(step, value) in order; None where there was a value that is no number."""
+
+_LARGEST = 1e300  # a curve of larger numbers has no height that a float could hold
+
+# What every eval.json has, and of which type.
+_RESULTS = {
+    "parameters": int,
+    "multiply_adds": int,
+    "top1": float,
+    "images": int,
+    "dataset": str,
+    "split": str,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A run, as its folder tells.
+
+    Attributes:
+        name: of the run, for people.
+        workdir: its folder.
+        result: ``eval.json``, or None.
+        cost: ``cost.json``, see ``report.conclude``, or None.
+        metrics: the objects of ``metrics.jsonl``.
+        config: text of ``config.gin``.
+        environment: ``environment.json``.
+        problems: a line for each file that cannot be read and was left out.
+    """
+
+    name: str
+    workdir: epath.Path
+    result: Mapping[str, Any] | None
+    cost: Mapping[str, Any] | None
+    metrics: Sequence[Any]
+    config: str
+    environment: Mapping[str, Any]
+    problems: tuple[str, ...]
+
+    def curve(self, name: str, scale: float = 1.0) -> Points:
+        """Returns the values of that name over steps, times ``scale``."""
+        return points(self.metrics, name, scale)
+
+
+def read(workdirs: Sequence[epath.Path]) -> list[Record]:
+    """Returns a record for each folder; where folders share a name, the whole path is the name.
+
+    Raises:
+        UsageError: if one is not the folder of a run.
+    """
+    names = [workdir.name for workdir in workdirs]
+    return [
+        _read(workdir, name if name and names.count(name) == 1 else str(workdir))
+        for workdir, name in zip(workdirs, names, strict=True)
+    ]
+
+
+def is_run(workdir: epath.Path) -> bool:
+    """Returns whether a run has left anything in this folder."""
+    return any(files.is_file(workdir / name) for name in ("config.gin", "metrics.jsonl"))
+
+
+def _read(workdir: epath.Path, name: str) -> Record:
+    if not is_run(workdir):
+        raise UsageError(
+            f"{workdir} is not the folder of a run: it has neither config.gin nor metrics.jsonl"
+        )
+    problems: list[str] = []
+
+    def lenient(file: str, reader: Callable[[], Any], otherwise: Any) -> Any:
+        if not files.is_file(workdir / file):
+            return otherwise
+        try:
+            return reader()
+        except UsageError as error:
+            problems.append(str(error))
+            return otherwise
+
+    return Record(
+        name,
+        workdir,
+        lenient("eval.json", lambda: read_result(workdir), None),
+        lenient("cost.json", lambda: _read_cost(workdir / "cost.json"), None),
+        lenient("metrics.jsonl", lambda: metrics_of(workdir), []),
+        lenient("config.gin", lambda: files.read_text(workdir / "config.gin"), ""),
+        lenient("environment.json", lambda: files.read_json(workdir / "environment.json"), {}),
+        tuple(problems),
+    )
+
+
+def read_result(workdir: epath.Path) -> dict[str, Any]:
+    """Returns what ``eval.json`` holds.
+
+    Raises:
+        UsageError: if the run has not been evaluated, or this is not what eval.py writes.
+    """
+    path, again = workdir / "eval.json", f"run eval.py --workdir={workdir}"
+    if not files.is_file(path):
+        raise UsageError(f"{workdir} has no eval.json: {again} first")
+    result = files.read_json(path)
+    for name, kind in _RESULTS.items():
+        if name not in result:
+            raise UsageError(f"{path} lacks {name!r}: {again} again")
+        if type(result[name]) not in (kind, int if kind is float else kind):
+            raise UsageError(
+                f"{path} holds {name!r} of {result[name]!r}, which is no {kind.__name__}: "
+                f"{again} again"
+            )
+    return result
+
+
+def _read_cost(path: epath.Path) -> dict[str, Any]:
+    cost = files.read_json(path)
+    numbers = ("parameters", "static", "mixing", "routing", "macs")
+    rows = cost.get("rows")
+    complete = isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and isinstance(row.get("layer"), str)
+        and all(type(row.get(name)) is int and 0 <= row[name] < _LARGEST for name in numbers)
+        for row in rows
+    )
+    if not complete:
+        raise UsageError(f"{path} is not what train.py writes: remove it")
+    return cost
+
+
+def metrics_of(workdir: epath.Path) -> list[Any]:
+    """Returns the objects of ``metrics.jsonl``.
+
+    Raises:
+        UsageError: if they cannot be read.
+    """
+    try:
+        return read_metrics(workdir)
+    except (ValueError, ArithmeticError, RecursionError, *files.path_errors()) as error:
+        raise UsageError(
+            f"the metrics of {workdir} cannot be read ({files.reason(error)}): restore or remove "
+            "its metrics.jsonl"
+        ) from error
+
+
+def points(metrics: Sequence[Any], name: str, scale: float = 1.0) -> Points:
+    """Returns (step, value times ``scale``) of each line that has both."""
+    lines = [line for line in metrics if isinstance(line, dict) and name in line]
+    pairs = [(_number(line.get("step")), _number(line[name])) for line in lines]
+    return [
+        (step, None if value is None else value * scale)
+        for step, value in pairs
+        if step is not None
+    ]
+
+
+def _number(value: Any) -> float | None:
+    """Returns a number that can be drawn, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if not abs(value) <= _LARGEST:
+        return None
+    return value if abs(value) > 1 / _LARGEST else 0.0

@@ -1,0 +1,32 @@
+"""Writes one HTML page about a run, or several side by side; it needs no network to be read.
+
+python scripts/report.py runs/quickstart/static runs/quickstart/condconv --output=report.html
+"""
+
+from absl import flags
+
+from condconv.engine import command
+
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "HTML file to write; WORKDIR/report.html by default, where there is one."
+)
+
+
+def main(workdirs: list[str]) -> None:
+    """Writes the page, prints its path, and names on stderr what was left out."""
+    import sys
+
+    from condconv.engine import files, report
+    from condconv.engine.errors import UsageError
+
+    if not workdirs or (len(workdirs) > 1 and not _OUTPUT.value):
+        raise UsageError("needs the folder of a run, or several and --output=FILE; see --help")
+    paths = [files.path(workdir) for workdir in workdirs]
+    output = files.path(_OUTPUT.value) if _OUTPUT.value else paths[0] / "report.html"
+    for problem in report.write(paths, output):
+        print(f"left out: {problem}", file=sys.stderr)
+    print(output)
+
+
+if __name__ == "__main__":
+    command.run(main, arguments="WORKDIR…")
