@@ -54,6 +54,25 @@ class Checkpoint:
     state: Arrays
     notes: Notes
 
+    def weights(self, ema: bool | None = None) -> tuple[Arrays, str]:
+        """Returns a network's variables by path, and "ema" if they are averages, else "raw".
+
+        Args:
+            ema: whether to take the averages; if None, wherever there are any.
+
+        Raises:
+            UsageError: if there are none to take.
+        """
+        averaged = any(name.startswith("average/") for name in self.state)
+        if ema and not averaged:
+            raise UsageError(
+                f"--ema: the checkpoint of step {self.step} has no averaged weights; its "
+                "Experiment.ema_decay is 0"
+            )
+        which, prefix = ("ema", "average/") if averaged and ema is not False else ("raw", "model/")
+        named = {n.removeprefix(prefix): v for n, v in self.state.items() if n.startswith(prefix)}
+        return named, which
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
@@ -202,9 +221,7 @@ def weights_of(path: str) -> Arrays:
         UsageError: if there is neither.
     """
     if not path.endswith(".keras"):
-        state = read(path).state
-        prefix = "average/" if any(name.startswith("average/") for name in state) else "model/"
-        return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        return read(path).weights()[0]
     try:
         model = keras.saving.load_model(path, compile=False)
     except (OSError, ValueError, TypeError) as error:

@@ -49,8 +49,10 @@ CHANGEABLE = f"{', '.join(sorted(_FREE))} and {_DURATION} upwards"
 """Names what may change between two parts of a run, for people."""
 
 
-def load(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Experiment:
+def load(gin_files: Sequence[str], bindings: Sequence[str] = (), **unbound: Any) -> Experiment:
     """Parses config files and single bindings, later ones winning, into an experiment.
+
+    Attributes that the config leaves out are taken from ``unbound``.
 
     Raises:
         UsageError: if a file is missing, or anything in it is unknown, unused or of a wrong type;
@@ -63,7 +65,9 @@ def load(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> Experiment:
         )
     parse(gin_files, bindings)
     try:
-        return gin.get_configurable(Experiment)()
+        bound = gin.get_bindings(Experiment, resolve_references=False)
+        missing = {name: value for name, value in unbound.items() if name not in bound}
+        return gin.get_configurable(Experiment)(**missing)
     except UsageError as error:
         raise UsageError(str(error).split("\n")[0]) from error  # gin adds where it came from
     except TypeError as error:

@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 from etils import epath
 
-from condconv.cost import count_cost
 from condconv.engine import checkpoints, devices, files
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.experiment import (
@@ -22,6 +21,16 @@ from condconv.engine.experiment import (
     check_images_fit,
     failing_in_one_line,
 )
+from condconv.engine.network_file import NetworkFile, cost_of
+
+WITHOUT_TRAINING = {
+    "model": None,
+    "optimizer": None,
+    "schedule": None,
+    "duration": "1 steps",
+    "batch_size": 100,
+}
+"""What an experiment has for all that ``evaluate_file`` needs nothing of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,11 +209,7 @@ def evaluate_run(
         RunError: if not every example was seen exactly once.
     """
     found = checkpoints.Checkpoints(workdir).resolve(checkpoint)
-    step, state = found.step, found.state
-    averaged = any(name.startswith("average/") for name in state)
-    if ema and not averaged:
-        raise UsageError(f"--ema: {workdir} has no averaged weights; its Experiment.ema_decay is 0")
-    weights = "ema" if averaged and ema is not False else "raw"
+    values, weights = found.weights(ema)
     strategy = devices.strategy(experiment.devices)
     if writes := devices.is_chief(strategy):
         files.make_writable(workdir, "--workdir")
@@ -212,25 +217,65 @@ def evaluate_run(
     with strategy.scope():
         model = build_model(experiment, data.num_classes)
     check_images_fit(model, data, experiment.eval_split)
-    prefix = "average/" if weights == "ema" else "model/"
-    values = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
     variables = checkpoints.named_variables(model)
-    checkpoints.fit(values, variables, f"the checkpoint of step {step}")
-    batch_size = experiment.eval_batch_size or experiment.batch_size
+    checkpoints.fit(values, variables, f"the checkpoint of step {found.step}")
     with failing_in_one_line():
-        predictions = Evaluator(model, data, batch_size, strategy)(experiment.eval_split)
-    cost = count_cost(model)
-    result = {
-        **predictions.summary(data.num_classes),
-        "parameters": cost.parameters,
-        "multiply_adds": cost.multiply_adds,
-        "macs": cost.macs,
-        "dataset": data.name,
-        "split": experiment.eval_split,
-        "step": step,
-        "weights": weights,
-    }
+        evaluator = Evaluator(model, data, _batch_size(experiment), strategy)
+        predictions = evaluator(experiment.eval_split)
+    result = _result(predictions, data, experiment.eval_split, cost_of(model))
+    result |= {"step": found.step, "weights": weights}
     if writes:
         predictions.write(workdir / "predictions.npz")
         files.write_json(workdir / "eval.json", result)
     return result
+
+
+def evaluate_file(network: NetworkFile, experiment: Experiment) -> dict[str, Any]:
+    """Evaluates a network in a file, through its own runtime, on ``Experiment.eval_split``.
+
+    Args:
+        network: from ``network_file.open_file``.
+        experiment: of which only the data counts, its split and its batch size.
+
+    Returns:
+        The same as ``evaluate_run``; parameters, multiply-adds and MACs are None where the file
+        does not tell, ``step`` is None, and ``weights`` is "file".
+
+    Raises:
+        UsageError: if the data's images or classes are not those of the network.
+        RunError: if the file does not run, or not every example was seen exactly once.
+    """
+    split = experiment.eval_split
+    data = build_data(experiment, split)
+    check_images_fit(network, data, split)
+    if network.num_classes != data.num_classes:
+        raise UsageError(
+            f"{network.name} tells {network.num_classes} classes apart and {data.name} has "
+            f"{data.num_classes}: name the data that it was trained on"
+        )
+    batches = data.eval_batches(split, batch_size=_batch_size(experiment))
+    allowed = _allowed(data)
+    with failing_in_one_line():
+        judged = (_judge(_logits(network, batch), batch, allowed) for batch in batches)
+        predictions = _in_order(judged, data, split)
+    cost = network.cost(batches.element_spec["image"].shape[1])
+    return _result(predictions, data, split, cost) | {"step": None, "weights": "file"}
+
+
+def _batch_size(experiment: Experiment) -> int:
+    return experiment.eval_batch_size or experiment.batch_size
+
+
+def _logits(network: NetworkFile, batch: dict[str, tf.Tensor]) -> tf.Tensor:
+    return tf.constant(network(batch["image"].numpy().astype(np.float32)))
+
+
+def _result(
+    predictions: Predictions, data: Data, split: str, cost: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        **predictions.summary(data.num_classes),
+        **cost,
+        "dataset": data.name,
+        "split": split,
+    }
