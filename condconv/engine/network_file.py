@@ -1,0 +1,134 @@
+"""Networks in files, as ``scripts/export.py`` writes them, for whoever is given one."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+
+from condconv.cost import count_cost
+from condconv.engine import files
+from condconv.engine.errors import RunError, UsageError
+from condconv.engine.export_runtimes import Images, Logits, Opened, open_network
+
+_SUFFIXES = (".keras", ".onnx", ".tflite")
+_COST = ("parameters", "multiply_adds", "macs")
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkFile:
+    """A network in a file.
+
+    Attributes:
+        name: path of the file.
+        opened: computes it.
+        metadata: what is written beside it or in it, or nothing; see ``export_card.metadata``.
+    """
+
+    name: str
+    opened: Opened
+    metadata: Mapping[str, Any]
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """Of images, (N, H, W, C); None for a size that may be any."""
+        return self.opened.input_shape
+
+    @property
+    def num_classes(self) -> int:
+        """How many logits it gives."""
+        return int(self.opened.output_shape[-1])
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of all classes, or none."""
+        labels = self.metadata.get("labels")
+        known = isinstance(labels, list) and len(labels) == self.num_classes
+        return [str(label) for label in labels] if known else []
+
+    def __call__(self, images: Images) -> Logits:
+        """Runs it.
+
+        Raises:
+            RunError: if its runtime fails.
+        """
+        with _in_one_line(self.name, "cannot be run"):
+            return self.opened(images)
+
+    def cost(self, image_size: int) -> dict[str, int | None]:
+        """Returns ``parameters``, ``multiply_adds`` and ``macs``, or None where it does not tell.
+
+        Args:
+            image_size: height and width to count for, where the file leaves them open.
+        """
+        if all(isinstance(self.metadata.get(key), int) for key in _COST):
+            return {key: self.metadata[key] for key in _COST}
+        if (model := self.opened.model) is None:
+            return dict.fromkeys(_COST)
+        return cost_of(model, None if self.input_shape[1] else image_size)
+
+
+def cost_of(model: keras.Model, image_size: int | None = None) -> dict[str, int]:
+    """Returns ``parameters``, ``multiply_adds`` and ``macs`` of a network for one image."""
+    cost = count_cost(model, image_size=image_size)
+    return {key: getattr(cost, key) for key in _COST}
+
+
+def open_file(path: str) -> NetworkFile:
+    """Opens a ``.keras``, ``.onnx`` or ``.tflite`` file, or the folder of a SavedModel.
+
+    Nothing in a ``.keras`` file is executed: Keras' safe mode is on.
+
+    Raises:
+        UsageError: if there is no such file, its runtime is not installed, or its network is not
+            one of images to logits.
+        RunError: if it cannot be opened.
+    """
+    _check_path(path)
+    with _in_one_line(path, "cannot be loaded"):
+        opened = open_network(path)
+    shapes = (opened.input_shape, opened.output_shape)
+    if [len(shape) for shape in shapes] != [4, 2] or opened.output_shape[-1] is None:
+        raise UsageError(
+            f"--source={path} maps {shapes[0]} to {shapes[1]}, not images (N, H, W, C) to logits "
+            "(N, classes)"
+        )
+    return NetworkFile(path, opened, _metadata(path))
+
+
+def _check_path(name: str) -> None:
+    path = files.path(name)
+    if "://" in name:
+        raise UsageError(f"--source={name} is not local: copy it to this machine")
+    known = path.suffix in _SUFFIXES and files.is_file(path)
+    if not known and not files.is_file(path / "saved_model.pb"):
+        raise UsageError(
+            f"--source={name} is no {', '.join(_SUFFIXES)} file, nor the folder of a SavedModel"
+        )
+
+
+@contextlib.contextmanager
+def _in_one_line(path: str, what: str) -> Iterator[None]:
+    """Turns what a runtime raises into one line; each has errors of its own."""
+    try:
+        yield
+    except (UsageError, RunError):
+        raise
+    except ImportError as error:
+        raise UsageError(
+            f"--source={path} needs {error.name}: pip install 'condconv[export]'"
+        ) from error
+    except Exception as error:
+        said = str(error).split("Exception encountered: ")[-1].strip().split("\n")[0]
+        raise RunError(f"--source={path} {what}: {said or error!r}") from error
+
+
+def _metadata(name: str) -> Mapping[str, Any]:
+    """Returns what the ``metadata.json`` beside a file says, if it is about that file."""
+    path = pathlib.Path(name)
+    beside = files.path(str(path.parent / "metadata.json"))
+    metadata = files.read_json(beside) if files.is_file(beside) else {}
+    described = metadata.get("sha256", ())
+    return metadata if any(key.split("/")[0] == path.name for key in described) else {}
