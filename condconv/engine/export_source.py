@@ -17,6 +17,8 @@ from condconv.engine.errors import RunError, UsageError
 from condconv.engine.experiment import Experiment, build_data, build_model
 from condconv.engine.export_formats import in_float32
 
+_WEIGHTS = {"ema": "averaged", "raw": "raw"}  # for people
+
 Evaluate = Callable[[tf.Tensor], tf.Tensor]
 """An encoded image to (H, W, 3), 0–255, as evaluation would see it."""
 
@@ -44,8 +46,10 @@ class Source:
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def of_run(experiment: Experiment, workdir: epath.Path, checkpoint: str = "last") -> Source:
-    """Returns the network of a run; averages of its weights are preferred, as in evaluation.
+def of_run(
+    experiment: Experiment, workdir: epath.Path, checkpoint: str = "last", ema: bool | None = None
+) -> Source:
+    """Returns the network of a run.
 
     The data itself is not read: its classes and its preprocessing are known without it.
 
@@ -53,28 +57,27 @@ def of_run(experiment: Experiment, workdir: epath.Path, checkpoint: str = "last"
         experiment: the run's own, from ``config.load_run``.
         workdir: of the run.
         checkpoint: "last", "best", a step or the path of a checkpoint.
+        ema: whether to use the averages of the weights; if None, wherever there are any.
 
     Raises:
         UsageError: if there is no such checkpoint, or it does not fit.
     """
     found = checkpoints.Checkpoints(workdir).resolve(checkpoint)
+    values, weights = found.weights(ema)
     data: Any = build_data(experiment, stand_in=True)
     model = build_model(dataclasses.replace(experiment, precision="float32"), data.num_classes)
-    averaged = any(name.startswith("average/") for name in found.state)
-    prefix = "average/" if averaged else "model/"
-    values = {n.removeprefix(prefix): v for n, v in found.state.items() if n.startswith(prefix)}
     checkpoints.fit(
         values, checkpoints.named_variables(model), f"the checkpoint of step {found.step}"
     )
     config = files.read_text(workdir / "config.gin")
     return Source(
         model,
-        f"{workdir}, step {found.step}, {'averaged' if averaged else 'raw'} weights",
+        f"{workdir}, step {found.step}, {_WEIGHTS[weights]} weights",
         data.preprocessing.evaluate,
         _bindings_of_preprocessing(config),
         data.class_names,
         config,
-        _metrics(workdir / "eval.json", found.step, "ema" if averaged else "raw"),
+        _metrics(workdir / "eval.json", found.step, weights),
     )
 
 
