@@ -1,5 +1,7 @@
 """Costs: the paper's printed numbers, and those that can be worked out by hand."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -46,6 +48,71 @@ def test_mobilenet_v1_follows_rule_m_and_can_be_counted_by_the_other():
 def test_the_count_follows_width_and_experts(width, num_experts, millions):
     model = create_model("mobilenet_v1", width=width, num_experts=num_experts)
     assert count_cost(model).multiply_adds / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@pytest.fixture
+def experts_at_zero(monkeypatch):
+    """Builds large networks fast: a cost asks for shapes alone."""
+    zeros = keras.initializers.Zeros()
+    monkeypatch.setattr(condconv.layers, "_each_expert", lambda initializer: zeros)
+
+
+# Of a MobileNetV1 of width 0.25 with 32 experts, in millions: convolutions and classifier, then
+# half of what TensorFlow's profiler would see. Derived, not printed in the paper.
+ROUTING = [
+    ({}, 55.61, 55.72),
+    ({"activation": "softmax"}, 55.61, 55.72),
+    ({"shared_by": "all"}, 55.57, 55.60),
+    ({"hidden": 1 / 8}, 55.60, 55.71),
+    ({"hidden": 1}, 55.84, 55.96),
+    ({"hidden": 8}, 57.78, 57.89),
+    ({"hierarchical": True}, 55.62, 55.73),
+]
+PLACEMENT = [
+    ({"first_condconv_block": 0}, 55.9, 56.4),  # the paper's layer 1, for the stem is the first
+    ({"first_condconv_block": 4}, 55.8, 56.0),  # 5
+    ({"first_condconv_block": 6}, 55.6, 55.7),  # 7
+    ({"first_condconv_block": 12}, 52.5, 52.5),  # 13
+    ({"first_condconv_block": 14}, 49.2, 49.2),  # the classifier alone
+    ({"condconv_classifier": False}, 47.4, 47.5),
+    ({"num_experts": 0}, 41.0, 41.0),
+]
+
+
+def both_counts(**arguments: Any) -> tuple[int, int]:
+    """Returns MACs and, by rule R, multiply-adds but for the mixing of the classifier's bias.
+
+    The derivation left that out.
+    """
+    arguments = {"width": 0.25, "num_experts": 32, **arguments}
+    model = create_model("mobilenet_v1", **arguments)
+    cost = count_cost(model, rule="R")
+    classifier = model.get_layer("classifier")
+    mixed = isinstance(classifier, CondDense) * 32 * 1000
+    assert not cost.uncounted
+    return cost.macs, cost.multiply_adds - mixed
+
+
+def some_quick(rows: list[tuple], quick: tuple[int, ...]) -> list[Any]:
+    """Leaves the other rows to the slow tests."""
+    marks = [() if i in quick else pytest.mark.slow for i in range(len(rows))]
+    return [pytest.param(*row, marks=m) for row, m in zip(rows, marks, strict=True)]
+
+
+@pytest.mark.parametrize(("knobs", "macs", "profiler"), some_quick(ROUTING, (2, 5)))
+def test_the_ablation_of_routing_costs_what_was_derived(knobs, macs, profiler, experts_at_zero):
+    counts = both_counts(routing=knobs)
+    assert counts[0] / 1e6 == pytest.approx(macs, abs=0.005)
+    # It is open whether biases of hidden layers were counted: 8·c of them weigh 0.005.
+    assert counts[1] / 1e6 == pytest.approx(profiler, abs=0.0057 if "hidden" in knobs else 0.005)
+
+
+@pytest.mark.parametrize(("arguments", "macs", "profiler"), some_quick(PLACEMENT, (0, 1)))
+def test_the_ablation_of_placement_costs_what_was_derived(
+    arguments, macs, profiler, experts_at_zero
+):
+    counts = both_counts(**arguments)
+    assert [round(count / 1e6, 1) for count in counts] == [macs, profiler]
 
 
 def functional(*stack: keras.Layer, shape: tuple = (8, 8, 3)) -> keras.Model:
