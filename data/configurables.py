@@ -5,6 +5,7 @@ from data import (  # noqa: F401
     autoaugment,
     digits,
     folder,
+    hard_digits,
     imagenet,
     mixing,
     pipeline,

@@ -81,6 +81,14 @@ class Pipeline:
         """
         return self._split(split).num_examples
 
+    def views_per_image(self, split: str) -> int:
+        """Returns how many examples of ``split`` in a row show the same image; see ``Split``.
+
+        Raises:
+            ValueError: if there is no such split.
+        """
+        return self._split(split).views_per_image
+
     def train_batches(
         self,
         split: str,

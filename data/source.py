@@ -25,12 +25,15 @@ class Split:
             several are right, "id": the name of its file, or ""}.
         sequential: whether a part can only be read from its beginning, so that it is best read
             through, and several at once.
+        views_per_image: examples that follow each other and show the same image, so that their
+            errors are not independent: example i is of image i // views_per_image.
     """
 
     lengths: np.ndarray
     read: Callable[[tf.data.Dataset], tf.data.Dataset]
     parse: Callable[[tf.Tensor], Example]
     sequential: bool
+    views_per_image: int = 1
 
     @property
     def num_examples(self) -> int:
@@ -57,13 +60,16 @@ class Source:
     answers: Sequence[int] | None = None
 
 
-def indexed(num_examples: int, example: Callable[[tf.Tensor], Example]) -> Split:
+def indexed(
+    num_examples: int, example: Callable[[tf.Tensor], Example], views_per_image: int = 1
+) -> Split:
     """Returns a split of which each example can be had by its index, a scalar int64."""
     return Split(
         lengths=np.ones(num_examples, np.int64),
         read=lambda segments: segments.map(lambda part, first, count: (part, part)),
         parse=example,
         sequential=False,
+        views_per_image=views_per_image,
     )
 
 

@@ -25,7 +25,7 @@ from models.paper import PAPER
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 IMAGENET = CONFIGS / "imagenet"
-SHARED = ("imagenet", "paper", "efficientnet", "kornblith", "modern", "modern_rmsprop")
+SHARED = ("imagenet", "paper", "proxy", "efficientnet", "kornblith", "modern", "modern_rmsprop")
 OVERLAYS = ("plain", "mixing")
 ENTRIES = sorted(path for path in CONFIGS.rglob("*.gin") if path.stem not in {*SHARED, *OVERLAYS})
 RECIPES = [path.stem for path in ENTRIES if path.parent == IMAGENET]
