@@ -17,7 +17,7 @@ _WIDTH, _LEFT, _RIGHT, _TOP, _HEIGHT = 400, 50, 382, 46, 200
 _BOTTOM = _TOP + _HEIGHT
 _LEGEND, _LINE = _BOTTOM + 50, 17
 _CHARACTERS = 42  # that fit into a line of the drawing in any usual font
-_MOST_POINTS, _MOST_MARKERS = 400, 10
+_MOST_POINTS, _MOST_MARKERS = 1200, 10  # of a chart, of a line
 
 # Okabe and Ito's colours, which people of every colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -96,7 +96,7 @@ class Chart:
         series: lines and markers.
         legend: text and look of each entry.
         bounds: lowest and highest y; None to follow the points.
-        log: whether y is logarithmic where it spans much.
+        log, log_x: whether y or x is logarithmic where it spans much.
         columns: stacked bars instead of series: their colours, and for each the heights of all
             its columns from left to right.
     """
@@ -108,6 +108,7 @@ class Chart:
     legend: Sequence[tuple[str, Look]] = ()
     bounds: tuple[float, float] | None = None
     log: bool = False
+    log_x: bool = False
     columns: Sequence[tuple[int | None, Sequence[float]]] = ()
 
     @property
@@ -136,9 +137,18 @@ class _Scale:
         """Returns round values between ``low`` and ``high``."""
         if self.log:
             return _log_ticks(self.low, self.high)
-        step = _round_up((self.high - self.low) / 6)
+        step = self._step()
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [step * i for i in range(first, last + 1)]
+
+    def rounded(self) -> "_Scale":
+        """Returns a scale that begins and ends at a tick."""
+        step = self._step()
+        low, high = math.floor(self.low / step + 1e-9), math.ceil(self.high / step - 1e-9)
+        return dataclasses.replace(self, low=step * low, high=step * high)
+
+    def _step(self) -> float:
+        return _round_up((self.high - self.low) / 6)
 
 
 def _round_up(value: float) -> float:
@@ -179,7 +189,8 @@ def escape(value: object) -> str:
 
 
 def _parts(chart: Chart) -> Iterator[str]:
-    drawn = [dataclasses.replace(series, points=_thin(series.points)) for series in chart.series]
+    most = max(50, _MOST_POINTS // (len(chart.series) or 1))
+    drawn = [dataclasses.replace(each, points=_thin(each.points, most)) for each in chart.series]
     across, up = _scales(chart)
     yield _text(4, 16, chart.title, "title")
     yield _text(4, 34, chart.y)
@@ -200,21 +211,25 @@ def _scales(chart: Chart) -> tuple[_Scale, _Scale]:
     if chart.columns:
         heights = [sum(column) for column in zip(*(h for _, h in chart.columns), strict=True)]
         xs, ys = [0.5, len(heights) + 0.5], [0, *heights]
-    log = chart.log and bool(ys) and 0 < 30 * min(ys) < max(ys)
-    low, high = chart.bounds or _limits(ys, log)
-    if not log:
-        step = _round_up((high - low) / 6)
-        low, high = step * math.floor(low / step + 1e-9), step * math.ceil(high / step - 1e-9)
-    return _Scale(*_limits(xs, False), _LEFT, _RIGHT), _Scale(low, high, _BOTTOM, _TOP, log)
+    across = _scale(xs, (_LEFT, _RIGHT), chart.log_x)
+    up = _scale(ys, (_BOTTOM, _TOP), chart.log)
+    if chart.bounds:
+        low, high = chart.bounds
+        return across, dataclasses.replace(up, low=low, high=high, log=False)
+    return across, up if up.log else up.rounded()
 
 
-def _limits(values: Sequence[float], log: bool) -> tuple[float, float]:
+def _scale(values: Sequence[float], ends: tuple[float, float], may_be_log: bool) -> _Scale:
+    if may_be_log and values and 0 < 6 * min(values) < max(values):
+        return _Scale(min(values) / 1.2, max(values) * 1.2, *ends, log=True)
+    return _Scale(*_limits(values), *ends)
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
     """Returns limits around some values; 0 is one of them unless they are far from it."""
     if not values:
         return 0, 1
     low, high = min(values), max(values)
-    if log:
-        return low / 1.2, high * 1.2
     if 0 < low < 0.7 * high:
         low = 0
     if low == high:
@@ -236,8 +251,8 @@ def _axes(across: _Scale, up: _Scale) -> Iterator[str]:
 
 def _labelled(ticks: Sequence[float]) -> list[tuple[float, str]]:
     largest = max(map(abs, ticks), default=0)
-    units = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
-    unit, sign = next(((u, s) for u, s in units if 10 * u <= largest < 1e15), (1, ""))
+    units = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
+    unit, sign = next(((u, s) for least, u, s in units if least <= largest < 1e15), (1, ""))
     return [(tick, f"{tick / unit:.4g}{sign if tick else ''}") for tick in ticks]
 
 
@@ -311,14 +326,13 @@ def _cut(text: str) -> str:
     return text if fitting == len(text) else f"{text[: fitting - 1]}…"
 
 
-def _thin(points: Points) -> Points:
-    """Returns a curve of about ``_MOST_POINTS`` at most: extremes and breaks of each part."""
-    size = math.ceil(2 * len(points) / _MOST_POINTS)
+def _thin(points: Points, most: int) -> Points:
+    """Returns a curve of about ``most`` points: of each part its extremes and its breaks."""
+    size = math.ceil(2 * len(points) / most)
     if size <= 2:
         return points
     parts = [points[begin : begin + size] for begin in range(0, len(points), size)]
-    kept = [point for part in parts for point in _extremes(part)]
-    return [points[0], *kept, points[-1]]
+    return [points[0], *(point for part in parts for point in _extremes(part)), points[-1]]
 
 
 def _extremes(part: Points) -> Points:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from condconv.engine.charts import Chart, Look, Series
-from condconv.engine.records import Points, Record, points
+from condconv.engine.records import Points, Record, alike, points
 
 # Prefix in metrics.jsonl, and what people call it. The last is one point, from eval.json.
 _SPLITS = (
@@ -32,14 +32,7 @@ def of_runs(records: Sequence[Record]) -> list[Chart]:
 
 def costs(records: Sequence[Record]) -> list[tuple[str, Record]]:
     """Returns a record for each different cost, and the names of all runs that have it."""
-    found: list[tuple[list[str], Record]] = []
-    for record in filter(lambda each: each.cost, records):
-        same = next((names for names, other in found if other.cost == record.cost), None)
-        if same is None:
-            found.append(([record.name], record))
-        else:
-            same.append(record.name)
-    return [(", ".join(names), record) for names, record in found]
+    return alike(records, lambda record: record.cost)
 
 
 def cost_per_layer(names: str, record: Record) -> Chart:

@@ -7,20 +7,24 @@ from typing import Any
 
 from condconv.engine import figures, files
 from condconv.engine.charts import STYLE, Chart, draw, escape, link
-from condconv.engine.records import Record
+from condconv.engine.records import Record, alike
 
 _STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #222; --line: #8886; --head: #8882; }
-@media (prefers-color-scheme: dark) { :root { --paper: #16181c; --ink: #e4e4e4; } }
+:root { color-scheme: light dark; --paper: #fff; --ink: #222; --line: #8886; --head: #eee; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #16181c; --ink: #e4e4e4; --head: #2b2e34; }
+}
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 88rem; background: var(--paper);
   color: var(--ink); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; }
-.box { overflow: auto; max-height: 30rem; border: 1px solid var(--line); border-radius: 4px; }
+.box { overflow: auto; max-height: min(60rem, 90vh);
+  border: 1px solid var(--line); border-radius: 4px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: 0.25rem 0.6rem; text-align: left; white-space: nowrap; vertical-align: top; }
-th { background: var(--head); } tr + tr > * { border-top: 1px solid var(--line); }
-.number { text-align: right; }
+th { background: var(--head); position: sticky; top: 0; }
+tr + tr > * { border-top: 1px solid var(--line); }
+td { overflow-wrap: normal; } .number { text-align: right; }
 pre { margin: 0; padding: 0.6rem; font: 13px/1.4 ui-monospace, monospace; }
 .figures { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
@@ -29,12 +33,14 @@ figcaption { text-align: right; font-size: 0.85rem; } a { color: inherit; }
 .problems { border-left: 4px solid #D55E00; padding: 0.3rem 0 0.3rem 1.6rem; margin: 0; }
 summary { cursor: pointer; }
 @media print {
-  :root { color-scheme: light; --paper: #fff; --ink: #000; }
+  :root { color-scheme: light; --paper: #fff; --ink: #000; --head: #eee; }
   body { padding: 0; font-size: 9pt; max-width: none; }
   .box { overflow: visible; max-height: none; border: 0; }
-  table { font-size: 7.5pt; } th, td { padding: 1pt 3pt; white-space: normal; }
+  table { font-size: 7.5pt; } th, td { padding: 1pt 3pt; }
+  td:not(.number), th { white-space: normal; overflow-wrap: anywhere; }
   pre { white-space: pre-wrap; font-size: 7.5pt; } figcaption { display: none; }
-  .figures { grid-template-columns: 1fr 1fr; } figure, tr { break-inside: avoid; }
+  th { position: static; } .figures { grid-template-columns: 1fr 1fr; }
+  figure, tr { break-inside: avoid; }
 }
 """
 
@@ -47,11 +53,13 @@ class Column:
         key: of the value in a row.
         title: above it.
         form: how ``format`` writes a number; others are written as they are.
+        scale: what a number is multiplied by to be written.
     """
 
     key: str
     title: str
     form: str = ""
+    scale: int = 1
 
 
 # A binding of config.gin; long values go on in lines that are indented.
@@ -59,8 +67,8 @@ _BINDING = re.compile(r"^([\w./]+) = (.*(?:\n[ \t]+.*)*)", re.MULTILINE)
 
 _RESULTS = (
     Column("run", "run"),
-    Column("top1", "top-1", ".2%"),
-    Column("top5", "top-5", ".2%"),
+    Column("top1", "top-1 (%)", ".2f", 100),
+    Column("top5", "top-5 (%)", ".2f", 100),
     Column("loss", "loss", ".4f"),
     Column("images", "images", ","),
     Column("dataset", "data set"),
@@ -78,18 +86,16 @@ _PER_LAYER = (
 )
 
 
-def of_runs(records: Sequence[Record]) -> str:
-    """Returns the page of one run, or of several side by side."""
-    title = records[0].name if len(records) == 1 else f"{len(records)} runs"
-    sections = [
+def of_runs(records: Sequence[Record]) -> list[str]:
+    """Returns the sections about one run, or about several side by side."""
+    return [
         problems([problem for record in records for problem in record.problems]),
         _results(records),
         section("Figures", figure_grid(figures.of_runs(records))),
         _costs(records),
-        _configs(records),
-        _environments(records),
+        configs(records),
+        environments(records),
     ]
-    return document(title, sections)
 
 
 def document(title: str, sections: Sequence[str]) -> str:
@@ -150,7 +156,7 @@ def _cell(column: Column, value: Any) -> str:
     if not column.form or isinstance(value, bool) or not isinstance(value, int | float):
         return f"<td{_aligned(column)}>{escape(value)}</td>"
     try:
-        text = format(value, column.form)
+        text = format(value * column.scale, column.form)
     except OverflowError:
         text = str(value)
     return f'<td{_aligned(column)}><data value="{value!r}">{text}</data></td>'
@@ -185,7 +191,8 @@ def _costs(records: Sequence[Record]) -> str:
     return section("Cost per layer", "".join(parts))
 
 
-def _configs(records: Sequence[Record]) -> str:
+def configs(records: Sequence[Record]) -> str:
+    """Returns the section of the config, and of what differs where there are several runs."""
     if len(records) == 1:
         return section("Config", _text(records[0].config, "Config"))
     whole = "".join(
@@ -203,18 +210,20 @@ def _differences(records: Sequence[Record]) -> str:
     """Returns a row for each binding that not all runs have alike."""
     bound = [dict(_BINDING.findall(record.config)) for record in records]
     values = {name: [each.get(name) for each in bound] for name in sorted(set().union(*bound))}
-    return _beside(records, {n: v for n, v in values.items() if len(set(v)) > 1})
+    return _beside([r.name for r in records], {n: v for n, v in values.items() if len(set(v)) > 1})
 
 
-def _environments(records: Sequence[Record]) -> str:
-    names = dict.fromkeys(name for record in records for name in record.environment)
-    values = {name: [_plain(r.environment.get(name)) for r in records] for name in names}
-    return section("Environment", _beside(records, values))
+def environments(records: Sequence[Record]) -> str:
+    """Returns the section of the environments."""
+    groups = alike(records, lambda record: record.environment)
+    names = dict.fromkeys(name for _, record in groups for name in record.environment)
+    values = {name: [_plain(r.environment.get(name)) for _, r in groups] for name in names}
+    return section("Environment", _beside([title for title, _ in groups], values))
 
 
-def _beside(records: Sequence[Record], values: Mapping[str, Sequence[Any]]) -> str:
-    """Returns a table with a row for each name, and a column for each run."""
-    columns = [Column("", ""), *(Column(str(i), r.name) for i, r in enumerate(records))]
+def _beside(titles: Sequence[str], values: Mapping[str, Sequence[Any]]) -> str:
+    """Returns a table with a row for each name, and a column for each run or group of runs."""
+    columns = [Column("", ""), *(Column(str(i), title) for i, title in enumerate(titles))]
     rows = [{"": name, **{str(i): v for i, v in enumerate(row)}} for name, row in values.items()]
     return table(columns, rows, "Runs side by side") if rows else ""
 

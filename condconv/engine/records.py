@@ -56,16 +56,29 @@ class Record:
 
 
 def read(workdirs: Sequence[epath.Path]) -> list[Record]:
-    """Returns a record for each folder; where folders share a name, the whole path is the name.
-
-    Raises:
-        UsageError: if one is not the folder of a run.
-    """
+    """Returns a record for each folder; where folders share a name, the whole path is the name."""
     names = [workdir.name for workdir in workdirs]
     return [
         _read(workdir, name if name and names.count(name) == 1 else str(workdir))
         for workdir, name in zip(workdirs, names, strict=True)
     ]
+
+
+def alike(records: Sequence[Record], what: Callable[[Record], Any]) -> list[tuple[str, Record]]:
+    """Returns a record for each different value of ``what``, and the names of all that have it.
+
+    Where it is None there is nothing to return.
+    """
+    found: list[tuple[list[str], Record]] = []
+    for record in records:
+        same = next((names for names, other in found if what(other) == what(record)), None)
+        if same is not None:
+            same.append(record.name)
+        elif what(record) is not None:
+            found.append(([record.name], record))
+    if len(found) == 1 < len(records) == len(found[0][0]):
+        return [(f"all {len(records)} runs", records[0])]
+    return [(", ".join(names), record) for names, record in found]
 
 
 def is_run(workdir: epath.Path) -> bool:
@@ -74,10 +87,6 @@ def is_run(workdir: epath.Path) -> bool:
 
 
 def _read(workdir: epath.Path, name: str) -> Record:
-    if not is_run(workdir):
-        raise UsageError(
-            f"{workdir} is not the folder of a run: it has neither config.gin nor metrics.jsonl"
-        )
     problems: list[str] = []
 
     def lenient(file: str, reader: Callable[[], Any], otherwise: Any) -> Any:

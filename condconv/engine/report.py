@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ import keras
 from etils import epath
 
 from condconv.cost import count_cost
-from condconv.engine import files, page, records
+from condconv.engine import files, page, records, study, study_page
 from condconv.engine.charts import COLOURS
+from condconv.engine.errors import UsageError
 
 _STYLES = {"train": ":", "minival": "-", "val": "-"}
 _LABELS = {"train": "training", "minival": "selection", "val": "evaluation"}
@@ -78,22 +80,40 @@ def _curves(workdir: epath.Path) -> list[tuple[str, str, list[tuple[float, float
 
 
 def write(workdirs: Sequence[epath.Path], output: epath.Path) -> list[str]:
-    """Writes the page of one run, or of several side by side.
+    """Writes a page about runs side by side, and about the studies that ``reproduce.py`` made.
 
     Args:
-        workdirs: of the runs.
+        workdirs: of runs and of studies.
         output: an HTML file.
 
     Returns:
-        A line for each file that was left out, because it cannot be read.
+        A line for each file that was left out, because it cannot be read or trusted.
 
     Raises:
-        UsageError: if a folder is not that of a run, or the output cannot be written.
+        UsageError: if a folder is of neither, or the output cannot be written.
     """
     files.check_output(output, "--output")
-    runs = records.read(workdirs)
-    files.write_text(output, page.of_runs(runs))
-    return [problem for run in runs for problem in run.problems]
+    found = {workdir: [] if records.is_run(workdir) else _studies(workdir) for workdir in workdirs}
+    sections, left_out = [], []
+    for folder in dict.fromkeys(itertools.chain(*found.values())):
+        of_study, problems = study_page.of_study(folder)
+        sections += of_study
+        left_out += problems
+    if runs := records.read([workdir for workdir, studies in found.items() if not studies]):
+        sections += page.of_runs(runs)
+        left_out += [problem for run in runs for problem in run.problems]
+    title = ", ".join(workdir.name or str(workdir) for workdir in found)
+    files.write_text(output, page.document(title, sections))
+    return left_out
+
+
+def _studies(workdir: epath.Path) -> list[epath.Path]:
+    if studies := study.find_studies(workdir):
+        return studies
+    raise UsageError(
+        f"{workdir} is the folder of neither a run (which has config.gin or metrics.jsonl) nor a "
+        "study (which has study.json)"
+    )
 
 
 def conclude(model: keras.Model, workdir: epath.Path) -> None:
