@@ -48,6 +48,12 @@ class NetworkFile:
         known = isinstance(labels, list) and len(labels) == self.num_classes
         return [str(label) for label in labels] if known else []
 
+    @property
+    def preprocessing(self) -> list[str]:
+        """The lines of a config that say how images are cut, or none."""
+        lines = self.metadata.get("preprocessing")
+        return [str(line) for line in lines] if isinstance(lines, list) else []
+
     def __call__(self, images: Images) -> Logits:
         """Runs it.
 

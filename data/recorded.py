@@ -1,0 +1,37 @@
+"""How images are cut for an exported network, from what its metadata says."""
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+from data.preprocess import Preprocessing, crops, whole
+
+_KINDS = {"crops": crops, "whole": whole}
+_OF_EVALUATION = ("image_size", "resize_method", "antialias", "eval_padding")
+
+
+def recorded(bindings: Sequence[str], image_size: int) -> Preprocessing:
+    """Returns the preprocessing that some lines of a config describe, as far as evaluation goes.
+
+    Args:
+        bindings: such as "pipeline.preprocessing = @crops" and "crops.image_size = 224"; without
+            any, it is the official one of ImageNet.
+        image_size: height and width, where the lines do not say.
+
+    Raises:
+        ValueError: if they name another preprocessing than those here, or a value that is none.
+    """
+    values = dict(line.split(" = ", 1) for line in bindings if " = " in line)
+    kind = values.get("pipeline.preprocessing", "@crops").split(".")[-1].lstrip("@")
+    if kind not in _KINDS:
+        raise ValueError(f"{kind!r} is no preprocessing that is known here: {', '.join(_KINDS)}")
+    given = {n: values[f"{kind}.{n}"] for n in _OF_EVALUATION if f"{kind}.{n}" in values}
+    arguments = {name: _literal(f"{kind}.{name}", text) for name, text in given.items()}
+    return _KINDS[kind](**{"image_size": image_size} | arguments)
+
+
+def _literal(name: str, text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{name} = {text} is no plain value") from error

@@ -1,0 +1,72 @@
+"""Says what is on images: the best classes of each, with their probabilities.
+
+python scripts/predict.py --workdir=runs/efficientnet photo.jpg folder
+python scripts/predict.py --source=exported/model.onnx --png=predictions.png photo.jpg
+"""
+
+import sys
+
+from absl import flags
+
+from condconv.engine import command
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "Of it: 'last', 'best', a step or a path.")
+_EMA = flags.DEFINE_bool("ema", None, "Use the averaged weights; by default if there are any.")
+_SOURCE = flags.DEFINE_string(
+    "source", None, ".keras, .onnx or .tflite file, or folder of a SavedModel, in place of a run."
+)
+_TOP = flags.DEFINE_integer("top", 5, "Classes to name.", lower_bound=1)
+_PNG = flags.DEFINE_string("png", None, "PNG file: the images, with bars beside them.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+
+
+def main(images: list[str]) -> int:
+    """Prints a row for each class; returns 1 if an image could not be read."""
+    from condconv.engine import files, pictures, prediction, tables
+    from condconv.engine.errors import UsageError
+
+    if not images or (_WORKDIR.value is None) == (_SOURCE.value is None):
+        raise UsageError("needs IMAGE… and one of --workdir=FOLDER and --source=FILE; see --help")
+    if _PNG.value:
+        pictures.check_png(files.path(_PNG.value), "--png")
+    paths = prediction.find_images(images)
+    classifier = _of_file() if _SOURCE.value else _of_run()
+    found = list(prediction.predict(classifier, paths, _TOP.value))
+    if found or _JSON.value:
+        tables.show([row for each in found for row in each.rows(_JSON.value)], _JSON.value)
+    if found and _PNG.value:
+        pictures.draw_predictions(found, classifier.image, files.path(_PNG.value))
+    return int(len(found) < len(paths))
+
+
+def _of_run() -> object:
+    from condconv.engine import config, export_source, files
+    from condconv.engine.prediction import Classifier
+
+    workdir = files.path(_WORKDIR.value)
+    run = config.load_run(workdir)
+    source = export_source.of_run(run, workdir, _CHECKPOINT.value, _EMA.value)
+    shape = source.model.input_shape
+    return Classifier(str(workdir), source.model, shape, source.evaluate, source.class_names)
+
+
+def _of_file() -> object:
+    from condconv.engine import network_file
+    from condconv.engine.experiment import blaming_the_config
+    from condconv.engine.prediction import Classifier
+    from data.class_names import imagenet_class_names
+    from data.recorded import recorded
+
+    network = network_file.open_file(_SOURCE.value)
+    size = network.input_shape[1] or 224
+    if not network.preprocessing:
+        print(f"{network.name} does not say how images are cut: ImageNet's way", file=sys.stderr)
+    with blaming_the_config():
+        evaluate = recorded(network.preprocessing, size).evaluate
+    names = network.labels or (imagenet_class_names() if network.num_classes == 1000 else ())
+    return Classifier(network.name, network, network.input_shape, evaluate, names)
+
+
+if __name__ == "__main__":
+    command.run(main, "IMAGE…")
