@@ -147,9 +147,9 @@ def _p_value(difference: Difference | None) -> str:
 
 
 def _explanation(views: int) -> str:
-    image = f"image, its {views} views counted once" if views > 1 else "image"
+    image = f"the {views} views of an image counted as one" if views > 1 else "image by image"
     return f"""
 top1: percent, mean ±standard deviation over seeds (95 % interval of the mean by Student's t).
 gain: points above the row's baseline, seed by seed (95 % interval), and p of a paired t-test.
-gain_by_image: the same between these very runs, {image}: tells of other images, not other seeds.
+gain_by_image: of these very runs over the images, {image}: not what other seeds would do.
 paper: on ImageNet."""

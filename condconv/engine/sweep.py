@@ -127,6 +127,7 @@ class _Sweep:
         self._total = len(tasks)
         self._waiting = [task for task in tasks if not self._is_done(task)]
         self._running: list[_Running] = []
+        self._elsewhere: set[_Task] = set()
         self._failed: dict[_Task, str] = {}
         self._seconds: list[float] = []
         self._skipped = self._total - len(self._waiting)
@@ -164,14 +165,21 @@ class _Sweep:
         return self._total - len(self._waiting) - len(self._running) - len(self._failed)
 
     def _start_some(self) -> None:
-        """Starts waiting tasks while there are free places, passing over those locked elsewhere."""
+        """Starts waiting tasks while there are free places; leaves those that others are at."""
         for task in list(self._waiting):
             if len(self._running) >= self._jobs:
                 return
-            files.make_writable(task.folder, "the folder of a run")
-            with contextlib.suppress(BlockingIOError):
+            try:
                 lock = _lock(task.folder)
-                self._waiting.remove(task)
+            except BlockingIOError:
+                if task not in self._elsewhere:
+                    _tell(f"{task}: another process is at it; waiting for that one")
+                self._elsewhere.add(task)
+                continue
+            self._waiting.remove(task)
+            if task in self._elsewhere and self._is_done(task):
+                _unlock(lock)
+            else:
                 self._start(task, lock)
 
     def _start(self, task: _Task, lock: int | None) -> None:
@@ -257,6 +265,7 @@ def _lock(folder: epath.Path) -> int | None:
     Raises:
         BlockingIOError: if another process has it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     if "://" in str(folder):
         return None
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
