@@ -15,8 +15,11 @@ _FORMAT = flags.DEFINE_multi_enum(
     "format", [], ["keras", "saved_model", "onnx", "litert"], "To write; repeatable."
 )
 _PRECISION = flags.DEFINE_multi_enum(
-    "precision", ["float32"], ["float32", "float16"], "Of the weights for LiteRT; repeatable."
+    "precision", ["float32"], ["float32", "float16", "int8"], "Of numbers in LiteRT; repeatable."
 )
+_GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Config of the data for int8, to --source.")
+_GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Binding over it, or the run's own.")
+_IMAGES = flags.DEFINE_integer("calibration_images", 300, "To calibrate int8.", lower_bound=1)
 _FOLD = flags.DEFINE_bool("fold", True, "Make batch normalisations part of the convolutions.")
 _OUTPUT = flags.DEFINE_string("output", None, "New folder.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
@@ -24,7 +27,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 def main(_: list[str]) -> None:
     """Writes the folder, and prints a row for each file in it that was checked."""
-    from condconv.engine import export, tables
+    from condconv.engine import export, export_calibration, export_source, tables
     from condconv.engine.errors import UsageError
 
     if (_WORKDIR.value is None) == (_SOURCE.value is None):
@@ -33,19 +36,20 @@ def main(_: list[str]) -> None:
         raise UsageError("needs --format=FORMAT, once or more, and --output=FOLDER; see --help")
     export.check_packages(_FORMAT.value)
     output = export.check_output(_OUTPUT.value)
-    rows = export.export(
-        _source(), _FORMAT.value, output, precisions=_PRECISION.value, fold=_FOLD.value
-    )
-    tables.show(rows, _JSON.value)
+    experiment = export_source.experiment(_WORKDIR.value, _GIN_FILE.value, _GIN_PARAM.value)
+    source, calibration = _source(experiment), None
+    if "litert" in _FORMAT.value and "int8" in _PRECISION.value:
+        calibration = export_calibration.read(experiment, source.model, _IMAGES.value)
+    options = {"precisions": _PRECISION.value, "fold": _FOLD.value, "calibration": calibration}
+    tables.show(export.export(source, _FORMAT.value, output, **options), _JSON.value)
 
 
-def _source() -> object:
-    from condconv.engine import config, export_source, files
+def _source(experiment: object) -> object:
+    from condconv.engine import export_source, files
 
     if _SOURCE.value:
         return export_source.of_file(_SOURCE.value, _as_of_imagenet)
-    workdir = files.path(_WORKDIR.value)
-    return export_source.of_run(config.load_run(workdir), workdir, _CHECKPOINT.value)
+    return export_source.of_run(experiment, files.path(_WORKDIR.value), _CHECKPOINT.value)
 
 
 def _as_of_imagenet(size: int, num_classes: int) -> dict[str, object]:
@@ -57,7 +61,12 @@ def _as_of_imagenet(size: int, num_classes: int) -> dict[str, object]:
         return {}
     return {
         "evaluate": crops(size).evaluate,
-        "preprocessing": ["pipeline.preprocessing = @crops", f"crops.image_size = {size}"],
+        "preprocessing": [
+            "pipeline.preprocessing = @crops",
+            f"crops.image_size = {size}",
+            f"crops.eval_padding = {round(size / 7)}",  # 32 at 224: a share of 0.875
+            "crops.resize_method = 'legacy_bicubic'",
+        ],
         "class_names": imagenet_class_names(),
     }
 

@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import zipfile
 
 import keras
 import numpy as np
@@ -11,7 +12,15 @@ import pytest
 import tensorflow as tf
 
 import condconv
-from condconv.engine import export, export_formats, export_runtimes, export_source
+from condconv import fold_batch_norm
+from condconv.engine import (
+    config,
+    export,
+    export_calibration,
+    export_formats,
+    export_runtimes,
+    export_source,
+)
 from condconv.engine.errors import RunError, UsageError
 from condconv.normalization import BatchNormalization
 from models import create_model
@@ -74,13 +83,20 @@ def test_an_export_runs_elsewhere_and_says_what_it_is(source, tmp_path):
     about = json.loads((tmp_path / "out" / "metadata.json").read_text())
     assert about["labels"] == [f"class {i}" for i in range(7)]
     assert about["preprocessing"] == ["whole.image_size = 6"]
+    with zipfile.ZipFile(tmp_path / "out" / "model_float32.tflite") as archive:
+        assert archive.read("labels.txt").decode().splitlines() == about["labels"]
+        inside = json.loads(archive.read("metadata.json"))
+    assert inside == {key: value for key, value in about.items() if key != "sha256"}
     card = (tmp_path / "out" / "README.md").read_text()
     assert about["sha256"]["model_float32.tflite"] in card
     assert f"{condconv.count_cost(source.model).multiply_adds:,}" in card
 
 
 def test_a_saved_model_serves_images_and_encoded_ones(source, tmp_path):
-    export_formats.write_saved_model(source.model, tmp_path, export.serving(source.model, source))
+    notes = {"labels.txt": "class 0\n"}
+    serving = export.serving(source.model, source)
+    export_formats.write_saved_model(source.model, tmp_path, serving, notes)
+    assert (tmp_path / "assets.extra" / "labels.txt").read_text() == "class 0\n"
     images = np.random.default_rng(1).integers(0, 256, (5, 6, 6, 3)).astype("uint8")
     expected = np.asarray(source.model(images.astype("float32")))
     found = export_runtimes.open_network(str(tmp_path))(images.astype("float32"))
@@ -96,7 +112,7 @@ def test_a_saved_model_serves_images_and_encoded_ones(source, tmp_path):
 
 def test_what_says_something_else_is_not_written(source, tmp_path, monkeypatch):
     def wrong(path, batches):
-        return {n: np.asarray(source.model(x)) * 1.001 for n, x in batches.items()}
+        return [np.asarray(source.model(x)) * 1.001 for x in batches]
 
     monkeypatch.setattr(export_runtimes, "run_apart", wrong)
     with pytest.raises(RunError, match="model.keras differs from the source by 0.001"):
@@ -107,7 +123,60 @@ def test_what_says_something_else_is_not_written(source, tmp_path, monkeypatch):
 def test_what_does_not_run_elsewhere_is_told_in_one_line(tmp_path):
     (tmp_path / "x.tflite").write_bytes(b"TFL3")
     with pytest.raises(RunError, match=r"^x\.tflite does not run in a fresh process: ValueError"):
-        export_runtimes.run_apart(tmp_path / "x.tflite", {1: np.zeros((1, 6, 6, 3), "float32")})
+        export_runtimes.run_apart(tmp_path / "x.tflite", [np.zeros((1, 6, 6, 3), "float32")])
+
+
+def images(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(0, 255, (count, 6, 6, 3)).astype("float32")
+
+
+def test_int8_keeps_its_signature_and_the_shape_of_the_function(source, tmp_path):
+    path = tmp_path / "x.tflite"
+    export_formats.write_litert(source.model, path, "int8", images(100, 5))
+    run = export_runtimes.open_network(str(path))
+    for batch in (1, 5):
+        x = images(batch, 6)
+        found, expected = run(x), np.asarray(source.model(x))
+        assert found.dtype == np.float32
+        assert 1e-6 < largest_difference(found, expected) < 0.1
+
+
+@pytest.mark.parametrize("broken", ["shuffled", "undefined"])
+def test_int8_that_says_something_else_is_not_written(broken, source, tmp_path, monkeypatch):
+    def wrong(path, batches):
+        logits = [np.asarray(source.model(x)) for x in batches]
+        return [np.roll(y, 1, -1) if broken == "shuffled" else y * np.nan for y in logits]
+
+    monkeypatch.setattr(export_runtimes, "run_apart", wrong)
+    monkeypatch.setattr(
+        export_formats, "write_litert", lambda model, path, *_: path.write_bytes(b"")
+    )
+    calibration = export_calibration.Calibration(images(2, 0), images(7, 1), "noise")
+    arguments = {"precisions": ["int8"], "calibration": calibration}
+    with pytest.raises(RunError, match="of 7 images the class that the source gives: nothing was"):
+        export.export(source, ["litert"], tmp_path / "out", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_draws_from_two_splits():
+    experiment = config.load([str(ROOT / "configs" / "digits.gin")])
+    model = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.GlobalMaxPooling2D()])
+    drawn = export_calibration.read(experiment, model, 150)
+    assert drawn.images.shape == drawn.held_out.shape == (150, 32, 32, 3)
+    assert drawn.images.dtype == np.float32
+    assert len(np.unique(drawn.images, axis=0)) == 150
+    assert drawn.origin == "150 images of digits, 'train'; compared on 150 of 'test'"
+    with pytest.raises(UsageError, match="takes images of 6×6×3 and digits gives 32×32×3"):
+        export_calibration.read(experiment, tiny(), 9)
+
+
+def test_int8_without_images_is_a_wrong_call():
+    with pytest.raises(UsageError, match="int8 is calibrated on images: name a config"):
+        export_calibration.read(None, tiny(), 9)
+    with pytest.raises(UsageError, match="--gin_file goes with --source"):
+        export_source.experiment("run", ["x.gin"], [])
+    with pytest.raises(UsageError, match="--gin_param goes with"):
+        export_source.experiment(None, [], ["a.b = 1"])
 
 
 def test_packages_of_the_extra_are_asked_for(monkeypatch):
@@ -163,13 +232,34 @@ def test_every_format_says_what_the_network_says(name, tmp_path):
     if name == "resnet50":  # whose sums of branches would grow from block to block
         model(images[32], training=True)
     source = export_source.Source(model, "tests")
-    rows = export.export(source, export.FORMATS, tmp_path / "out", precisions=export.PRECISIONS)
+    precisions = ("float32", "float16")
+    rows = export.export(source, export.FORMATS, tmp_path / "out", precisions=precisions)
     assert {row["file"]: row["tolerance"] for row in rows} == TOLERANCE
     for file, tolerance in TOLERANCE.items():
         run = export_runtimes.open_network(str(tmp_path / "out" / file))
         for batch, x in images.items():
             found = largest_difference(run(x), np.asarray(model(x, training=False)))
             assert found < tolerance, (file, batch)
+    int8 = tmp_path / "int8.tflite"  # of noise, no more than that it can be written and run
+    export_formats.write_litert(fold_batch_norm(model), int8, "int8", images[32])
+    assert np.isfinite(export_runtimes.open_network(str(int8))(images[5])).all()
+
+
+@pytest.mark.slow
+def test_int8_agrees_with_a_trained_network(tmp_path):
+    run, flags = tmp_path / "run", ("--format=litert", "--precision=int8", "--json")
+    done = call("train.py", "--gin_file=configs/digits_condconv.gin", f"--workdir={run}")
+    assert done.returncode == 0, done.stderr
+    flags += ("--calibration_images=400", f"--output={tmp_path / 'out'}")
+    done = call("scripts/export.py", f"--workdir={run}", *flags)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert row["images"] == 360  # all that were held out
+    assert row["agreement"] >= 0.95
+    assert row["bytes"] < 2e6  # a quarter of float32
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "400 images of digits, 'train'; compared on 360 of 'test'" in card
+    assert "`whole.resize_method = 'bicubic'`" in card
 
 
 @pytest.mark.slow

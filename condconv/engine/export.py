@@ -19,13 +19,15 @@ import tensorflow as tf
 from condconv import fold_batch_norm
 from condconv.engine import export_card, export_formats, export_runtimes, files
 from condconv.engine.errors import RunError, UsageError
+from condconv.engine.export_calibration import Calibration
 from condconv.engine.export_source import Source
 
 FORMATS = ("keras", "saved_model", "onnx", "litert")
-PRECISIONS = ("float32", "float16")
+PRECISIONS = ("float32", "float16", "int8")
 
 _PACKAGES = {"onnx": ("onnx", "onnxruntime", "tf2onnx"), "litert": ("ai_edge_litert",)}
 _BATCHES = (1, 5)
+_LEAST_AGREEMENT = 0.5  # in int8; a network that rounds badly keeps more, a broken one less
 _ANY_SIZE = 64  # height and width of the images that a network of no fixed size is tried with
 
 
@@ -36,12 +38,13 @@ class _Artifact:
     Attributes:
         name: of the file.
         write: the network, folded or not, to the path.
-        tolerance: largest difference of a logit, in shares of the largest.
+        tolerance: largest difference of a logit, in shares of the largest; None for numbers so
+            coarse that only the best class counts.
     """
 
     name: str
     write: Callable[[keras.Model, pathlib.Path], None]
-    tolerance: float
+    tolerance: float | None
 
 
 def check_packages(formats: Sequence[str]) -> None:
@@ -77,11 +80,12 @@ def export(
     *,
     precisions: Sequence[str] = ("float32",),
     fold: bool = True,
+    calibration: Calibration | None = None,
 ) -> list[dict[str, Any]]:
     """Writes a network into a folder, which is there once every file in it has been checked.
 
     Each file is opened by the runtime that people use, in a fresh process, and compared with the
-    source at batches of 1 and 5.
+    source at batches of 1 and 5: on noise, or in int8 on images that it was not calibrated on.
 
     Args:
         source: to write.
@@ -89,10 +93,12 @@ def export(
         output: folder, from ``check_output``.
         precisions: of the LiteRT files, some of ``PRECISIONS``.
         fold: whether batch normalisations become part of the convolutions.
+        calibration: for "int8", the images it takes.
 
     Returns:
         A row for each file: ``file``, ``bytes``, ``difference`` (largest of a logit, in shares of
-        the largest) and ``tolerance``.
+        the largest), ``tolerance`` (of it, or None), ``images`` (compared) and ``agreement`` (the
+        share of them with the same best class).
 
     Raises:
         UsageError: if the network cannot be folded.
@@ -100,24 +106,28 @@ def export(
     """
     model = _folded(source.model) if fold else source.model
     metadata = export_card.metadata(source, fold)
-    batches = _batches(source.model)
-    expected = {n: np.asarray(source.model(x, training=False)) for n, x in batches.items()}
+    on_noise = _expected(source.model, _noise(source.model))
+    on_images = _expected(source.model, _held_out(calibration)) if calibration else ()
     with _whole_or_not_there(output) as folder:
         rows = []
-        for artifact in _artifacts(source, formats, precisions, metadata):
+        for artifact in _artifacts(source, formats, precisions, metadata, calibration):
             path = folder / artifact.name
             print(f"writing {artifact.name}", file=sys.stderr)
             with export_formats.one_line(artifact.name):
                 artifact.write(model, path)
-            found = _difference(path, batches, expected, artifact.tolerance)
-            sizes = {"bytes": _bytes(path), "difference": found, "tolerance": artifact.tolerance}
-            rows.append({"file": artifact.name} | sizes)
+            expected = on_noise if artifact.tolerance else on_images
+            compared = _compare(path, *expected, artifact.tolerance)
+            rows.append({"file": artifact.name, "bytes": _bytes(path)} | compared)
         checksums = _checksums(folder)
-        (folder / "metadata.json").write_text(
-            json.dumps(metadata | {"sha256": checksums}, indent=2, ensure_ascii=False) + "\n"
-        )
-        (folder / "README.md").write_text(export_card.card(source, fold, rows, checksums))
+        (folder / "metadata.json").write_text(_json(metadata | {"sha256": checksums}))
+        origin = calibration.origin if calibration else ""
+        card = export_card.card(source, fold, rows, checksums, origin)
+        (folder / "README.md").write_text(card)
     return rows
+
+
+def _json(metadata: Mapping[str, Any]) -> str:
+    return json.dumps(metadata, indent=2, ensure_ascii=False) + "\n"
 
 
 def _folded(model: keras.Model) -> keras.Model:
@@ -132,16 +142,22 @@ def _artifacts(
     formats: Sequence[str],
     precisions: Sequence[str],
     metadata: Mapping[str, Any],
+    calibration: Calibration | None,
 ) -> Iterator[_Artifact]:
+    labels = "".join(f"{name}\n" for name in source.class_names)
+    notes = {"metadata.json": _json(metadata), "labels.txt": labels}
+
     def saved_model(model: keras.Model, path: pathlib.Path) -> None:
-        export_formats.write_saved_model(model, path, serving(model, source))
+        export_formats.write_saved_model(model, path, serving(model, source), notes)
 
     def onnx(model: keras.Model, path: pathlib.Path) -> None:
         texts = {k: json.dumps(v, ensure_ascii=False) for k, v in metadata.items()}
         export_formats.write_onnx(model, path, texts)
 
     def litert(precision: str) -> Callable[[keras.Model, pathlib.Path], None]:
-        return lambda model, path: export_formats.write_litert(model, path, precision)
+        images = calibration.images if calibration else ()
+        write = export_formats.write_litert
+        return lambda model, path: write(model, path, precision, images, notes)
 
     if "keras" in formats:
         yield _Artifact("model.keras", export_formats.write_keras, 1e-4)
@@ -150,7 +166,7 @@ def _artifacts(
     if "onnx" in formats:
         yield _Artifact("model.onnx", onnx, 1e-4)
     for precision in dict.fromkeys(precisions) if "litert" in formats else ():
-        tolerance = {"float32": 1e-3, "float16": 1e-2}[precision]
+        tolerance = {"float32": 1e-3, "float16": 1e-2, "int8": None}[precision]
         yield _Artifact(f"model_{precision}.tflite", litert(precision), tolerance)
 
 
@@ -180,30 +196,45 @@ def serving(model: keras.Model, source: Source) -> export_formats.ServeEncoded |
     return serve
 
 
-def _batches(model: keras.Model) -> dict[int, np.ndarray]:
+def _noise(model: keras.Model) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     shape = [size or _ANY_SIZE for size in model.input_shape[1:]]
-    return {n: rng.uniform(0, 255, (n, *shape)).astype(np.float32) for n in _BATCHES}
+    return [rng.uniform(0, 255, (n, *shape)).astype(np.float32) for n in _BATCHES]
 
 
-def _difference(
+def _held_out(calibration: Calibration) -> list[np.ndarray]:
+    images, (first, others) = calibration.held_out, _BATCHES
+    return np.split(images, range(first, len(images), others))
+
+
+def _expected(
+    model: keras.Model, batches: Sequence[np.ndarray]
+) -> tuple[Sequence[np.ndarray], np.ndarray]:
+    """Returns the batches and the logits of all their images."""
+    return batches, np.concatenate([np.asarray(model(x, training=False)) for x in batches])
+
+
+def _compare(
     path: pathlib.Path,
-    batches: Mapping[int, np.ndarray],
-    expected: Mapping[int, np.ndarray],
-    tolerance: float,
-) -> float:
-    found = export_runtimes.run_apart(path, batches)
-    differences = [
-        np.max(np.abs(found[n] - logits)) / max(np.max(np.abs(logits)), 1e-30)
-        for n, logits in expected.items()
-    ]
-    worst = float(np.max(differences))
-    if not worst <= tolerance:  # NaN is not
+    batches: Sequence[np.ndarray],
+    expected: np.ndarray,
+    tolerance: float | None,
+) -> dict[str, Any]:
+    found = np.concatenate(export_runtimes.run_apart(path, batches))
+    share = np.max(np.abs(found - expected)) / max(np.max(np.abs(expected)), 1e-30)
+    agreement = float(np.mean(found.argmax(-1) == expected.argmax(-1)))
+    if tolerance is not None and not share <= tolerance:  # NaN is not
         raise RunError(
-            f"{path.name} differs from the source by {worst:.2g} of the largest logit, more than "
+            f"{path.name} differs from the source by {share:.2g} of the largest logit, more than "
             f"the {tolerance:.0e} that are allowed: nothing was written"
         )
-    return worst
+    if tolerance is None and not (agreement >= _LEAST_AGREEMENT and np.isfinite(share)):
+        raise RunError(
+            f"{path.name} gives {agreement:.0%} of {len(found)} images the class that the source "
+            "gives: nothing was written; try --nofold, more --calibration_images or float16"
+        )
+    sizes = {"difference": float(share), "tolerance": tolerance}
+    return sizes | {"images": len(found), "agreement": agreement}
 
 
 @contextlib.contextmanager

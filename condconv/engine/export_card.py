@@ -33,7 +33,11 @@ def metadata(source: Source, fold: bool) -> dict[str, Any]:
 
 
 def card(
-    source: Source, fold: bool, rows: Sequence[Mapping[str, Any]], checksums: Mapping[str, str]
+    source: Source,
+    fold: bool,
+    rows: Sequence[Mapping[str, Any]],
+    checksums: Mapping[str, str],
+    calibrated_on: str = "",
 ) -> str:
     """Returns the model card, in Markdown.
 
@@ -42,17 +46,22 @@ def card(
         fold: whether batch normalisations are folded.
         rows: of the files, as ``export.export`` returns them.
         checksums: SHA-256 of each file by its path.
+        calibrated_on: which images int8 saw, or "".
     """
     about = metadata(source, fold)
     facts = {
         "weights": source.origin,
         "`images`": about["images"],
         "`logits`": about["logits"],
+        "labels": f"{len(source.class_names)}, in `metadata.json`" if source.class_names else "–",
+        "preprocessing": "; ".join(f"`{each}`" for each in source.preprocessing) or "–",
         "parameters": f"{about['parameters']:,}",
         "multiply-adds per image": f"{about['multiply_adds']:,} (rule {about['rule']})",
         "MACs per image": f"{about['macs']:,}",
         "batch normalisation": "folded into the convolutions" if fold else "as it was trained",
     }
+    if calibrated_on:
+        facts["calibration of int8"] = calibrated_on
     parts = [f"# {source.model.name}", _table(("", ""), facts.items())]
     parts += ["## Files", _files(rows)]
     parts += ["## Metrics", _metrics(source)]
@@ -64,12 +73,23 @@ def card(
 
 
 def _files(rows: Sequence[Mapping[str, Any]]) -> str:
-    said = "Largest difference of a logit from the source, in shares of the largest logit."
+    said = (
+        "Difference: the largest of a logit from the source, in shares of the largest logit. "
+        "Agreement: the share of images whose best class is that of the source."
+    )
+    head = ("file", "bytes", "difference", "allowed", "images", "agreement")
     cells = [
-        (f"`{r['file']}`", f"{r['bytes']:,}", f"{r['difference']:.1e}", f"{r['tolerance']:.0e}")
+        (
+            f"`{r['file']}`",
+            f"{r['bytes']:,}",
+            f"{r['difference']:.1e}",
+            f"{r['tolerance']:.0e}" if r["tolerance"] else "any",
+            r["images"],
+            f"{r['agreement']:.2%}",
+        )
         for r in rows
     ]
-    return said + "\n\n" + _table(("file", "bytes", "difference", "allowed"), cells)
+    return said + "\n\n" + _table(head, cells)
 
 
 def _metrics(source: Source) -> str:

@@ -10,9 +10,12 @@ import contextlib
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from condconv import CondConv2D, DepthwiseCondConv2D
@@ -30,9 +33,16 @@ def write_keras(model: keras.Model, path: pathlib.Path) -> None:
 
 
 def write_saved_model(
-    model: keras.Model, path: pathlib.Path, serve_jpeg: ServeEncoded | None = None
+    model: keras.Model,
+    path: pathlib.Path,
+    serve_jpeg: ServeEncoded | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a SavedModel with the signature ``serving_default`` and, if given, ``serve_jpeg``."""
+    """Writes a SavedModel with the signature ``serving_default`` and, if given, ``serve_jpeg``.
+
+    ``notes``, texts by name, become files in its folder ``assets.extra``, which TensorFlow leaves
+    to its users.
+    """
     serve = tf.function(_serve(model), input_signature=[_images(model)])
     signatures = {"serving_default": serve}
     if serve_jpeg:
@@ -43,6 +53,9 @@ def write_saved_model(
     # Gradients, some of which XLA is to compile, are of no use in a file that serves.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
     tf.saved_model.save(module, str(path), signatures, options)
+    for name, text in (notes or {}).items():
+        (path / "assets.extra").mkdir(exist_ok=True)
+        (path / "assets.extra" / name).write_text(text)
 
 
 def write_onnx(
@@ -61,14 +74,27 @@ def write_onnx(
     onnx.save(proto, path)
 
 
-def write_litert(model: keras.Model, path: pathlib.Path, precision: str = "float32") -> None:
+def write_litert(
+    model: keras.Model,
+    path: pathlib.Path,
+    precision: str = "float32",
+    calibration: Iterable[np.ndarray] = (),
+    notes: Mapping[str, str] | None = None,
+) -> None:
     """Writes a LiteRT file (``.tflite``) that needs nothing but its built-in operations.
+
+    With "int8", weights and activations are integers of eight bits, but for images and logits,
+    which stay float32. Kernels of static convolutions have a scale for each filter; matrices, the
+    experts among them, have one each, since a scale for each number of a mixed kernel takes more
+    room than the experts themselves.
 
     Args:
         model: to write.
         path: of the file.
-        precision: of the weights in the file, "float32" or "float16"; it computes in float32
-            where the device has nothing narrower.
+        precision: "float32", "float16" (of the weights in the file; it computes in float32 where
+            the device has nothing narrower) or "int8".
+        calibration: for "int8", images (H, W, C) float32 such as it will see.
+        notes: texts by name, appended as an archive that ``unzip`` finds and the runtime ignores.
     """
     with tempfile.TemporaryDirectory() as folder:
         # The converter loses the variables of a function, and finds those of a SavedModel.
@@ -76,10 +102,21 @@ def write_litert(model: keras.Model, path: pathlib.Path, precision: str = "float
         converter = tf.lite.TFLiteConverter.from_saved_model(
             folder, signature_keys=["serving_default"]
         )
-        if precision == "float16":
+        if precision != "float32":
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        if precision == "float16":
             converter.target_spec.supported_types = [tf.float16]
-        path.write_bytes(converter.convert())
+        if precision == "int8":
+            # Fails where an operation has no form in integers, instead of leaving it as it is.
+            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+            converter.representative_dataset = lambda: ({"images": x[None]} for x in calibration)
+            converter._experimental_disable_per_channel_quantization_for_dense_layers = True
+        with warnings.catch_warnings():  # of an interpreter that the converter itself takes
+            warnings.simplefilter("ignore")
+            path.write_bytes(converter.convert())
+    with zipfile.ZipFile(path, "a") as archive:
+        for name, text in (notes or {}).items():
+            archive.writestr(name, text)
 
 
 def _images(model: keras.Model) -> tf.TensorSpec:

@@ -10,7 +10,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,11 +60,9 @@ def open_network(path: str) -> Opened:
 
 
 def _open_keras(path: str) -> Opened:
-    import keras
+    from condconv.engine import keras_file
 
-    import condconv  # noqa: F401  registers the layers
-
-    model = keras.saving.load_model(path, compile=False)
+    model = keras_file.load(path)
 
     def run(images: Images) -> Logits:
         return np.asarray(model(images, training=False))
@@ -111,14 +109,14 @@ def _sizes(shape: Sequence[Any]) -> tuple[int | None, ...]:
 _OPEN = {".keras": _open_keras, ".onnx": _open_onnx, ".tflite": _open_litert}
 
 
-def run_apart(path: pathlib.Path, batches: Mapping[int, Images]) -> dict[int, Logits]:
+def run_apart(path: pathlib.Path, batches: Sequence[Images]) -> list[Logits]:
     """Returns what a file says of each batch, in a fresh process.
 
     Raises:
         RunError: if it cannot be opened or run there; the last line of the process says why.
     """
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(f"{folder}/images.npz", **{str(size): x for size, x in batches.items()})
+        np.savez(f"{folder}/images.npz", *batches)
         done = subprocess.run(
             [sys.executable, "-c", _MAIN, str(path), folder],
             env={
@@ -134,12 +132,12 @@ def run_apart(path: pathlib.Path, batches: Mapping[int, Images]) -> dict[int, Lo
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise RunError(f"{path.name} does not run in a fresh process: {said[-1]}")
         with np.load(f"{folder}/logits.npz") as logits:
-            return {int(size): logits[size] for size in logits}
+            return [logits[name] for name in logits]
 
 
 def answer(path: str, folder: str) -> None:
     """Runs a file on the batches in ``folder``/images.npz, and leaves logits.npz there."""
     network = open_network(path)
     with np.load(f"{folder}/images.npz") as batches:
-        logits = {size: network(batches[size]) for size in batches}
-    np.savez(f"{folder}/logits.npz", **logits)
+        logits = [network(batches[name]) for name in batches]
+    np.savez(f"{folder}/logits.npz", *logits)

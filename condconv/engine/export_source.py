@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 from etils import epath
 
-from condconv.engine import checkpoints, files
+from condconv.engine import checkpoints, config, files, keras_file
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.experiment import Experiment, build_data, build_model
 from condconv.engine.export_formats import in_float32
@@ -46,6 +46,23 @@ class Source:
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def experiment(
+    workdir: str | None, gin_files: Sequence[str], bindings: Sequence[str]
+) -> Experiment | None:
+    """Returns a run's own experiment, or that of config files beside a network, if there are any.
+
+    Raises:
+        UsageError: if these do not go together, or as ``config.load`` does.
+    """
+    if workdir:
+        if gin_files:
+            raise UsageError("--gin_file goes with --source: a run has a config of its own")
+        return config.load_run(files.path(workdir), bindings)
+    if bindings and not gin_files:
+        raise UsageError("--gin_param goes with --workdir, or with --source and --gin_file")
+    return config.load(gin_files, bindings) if gin_files else None
+
+
 def of_run(
     experiment: Experiment, workdir: epath.Path, checkpoint: str = "last", ema: bool | None = None
 ) -> Source:
@@ -69,23 +86,25 @@ def of_run(
     checkpoints.fit(
         values, checkpoints.named_variables(model), f"the checkpoint of step {found.step}"
     )
-    config = files.read_text(workdir / "config.gin")
+    text = files.read_text(workdir / "config.gin")
+    used = workdir / "operative_config.gin"  # with defaults
     return Source(
         model,
         f"{workdir}, step {found.step}, {_WEIGHTS[weights]} weights",
         data.preprocessing.evaluate,
-        _bindings_of_preprocessing(config),
+        _bindings_of_preprocessing(files.read_text(used) if files.is_file(used) else text),
         data.class_names,
-        config,
+        text,
         _metrics(workdir / "eval.json", found.step, weights),
     )
 
 
-def _bindings_of_preprocessing(config: str) -> list[str]:
-    """Returns the lines of a saved config that say how an image is cut."""
-    which = re.search(r"^pipeline\.preprocessing = @(?:\w+\.)*(\w+)", config, re.MULTILINE)
+def _bindings_of_preprocessing(text: str) -> list[str]:
+    """Returns the lines of a saved config that say how evaluation cuts an image."""
+    which = re.search(r"^pipeline\.preprocessing = @(?:\w+\.)*(\w+)", text, re.MULTILINE)
     names = ("pipeline.preprocessing ", f"{which[1]}.") if which else ()
-    return [line for line in config.splitlines() if line.startswith(names)]
+    lines = [line for line in text.splitlines() if line.startswith(names)]
+    return [line for line in lines if ".augmentations = " not in line]
 
 
 def _metrics(path: epath.Path, step: int, weights: str) -> dict[str, Any]:
@@ -109,7 +128,7 @@ def of_file(path: str, known: Callable[[int, int], dict[str, Any]]) -> Source:
     if not path.endswith(".keras") or not files.is_file(files.path(path)):
         raise UsageError(f"--source={path} is no .keras file: name one, or a run by --workdir")
     with _loading(path):
-        model = in_float32(keras.saving.load_model(path, compile=False))
+        model = in_float32(keras_file.load(path))
     _check(model, path)
     _, height, width, channels = model.input_shape
     square = height is not None and (height, channels) == (width, 3)
