@@ -50,8 +50,9 @@ class Routers:
             ValueError: if there is no such knob, or a value is out of range.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := [knob for knob in knobs if knob not in known]:
-            raise ValueError(f"routing takes {', '.join(known)}, not {unknown[0]!r}")
+        names = knobs if isinstance(knobs, Mapping) else [knobs]
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"routing takes a dict of {', '.join(known)}, not {unknown[0]!r}")
         return cls(**knobs)
 
     def __post_init__(self):

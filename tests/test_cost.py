@@ -107,7 +107,7 @@ def test_the_ablation_of_routing_costs_what_was_derived(knobs, macs, profiler, e
     assert counts[1] / 1e6 == pytest.approx(profiler, abs=0.0057 if "hidden" in knobs else 0.005)
 
 
-@pytest.mark.parametrize(("arguments", "macs", "profiler"), some_quick(PLACEMENT, (0, 1)))
+@pytest.mark.parametrize(("arguments", "macs", "profiler"), some_quick(PLACEMENT, (0,)))
 def test_the_ablation_of_placement_costs_what_was_derived(
     arguments, macs, profiler, experts_at_zero
 ):

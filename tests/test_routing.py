@@ -301,7 +301,8 @@ def test_an_exported_network_says_the_same(form, knobs, tmp_path):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"hiden": 1}, "takes activation, hidden, shared_by, hierarchical, not 'hiden'"),
+        ("softmax", "takes a dict of activation, .*, not 'softmax'"),
+        ({"hiden": 1}, "a dict of activation, hidden, shared_by, hierarchical, not 'hiden'"),
         ({"activation": "sigmund"}, "activation takes one of Keras'.*not 'sigmund'"),
         ({"hidden": -1}, "hidden takes a multiple of the channels, or 0, not -1"),
         ({"hidden": "big"}, "hidden takes a multiple of the channels, or 0, not 'big'"),
