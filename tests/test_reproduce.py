@@ -38,7 +38,7 @@ TRAIN = """
 import json, os, pathlib, signal, sys, time
 flags = [flag.partition("=")[::2] for flag in sys.argv[1:]]
 workdir = pathlib.Path(dict(flags)["--workdir"])
-moods = [folder / "mood" for folder in (workdir, workdir.parents[3])]
+moods = [folder / "mood" for folder in (workdir, workdir.parents[4])]
 mood = next((path.read_text() for path in moods if path.exists()), "")
 with open(workdir / "calls", "a") as file:
     file.write(f"train on {sorted(os.sched_getaffinity(0))}\\n")
@@ -142,7 +142,7 @@ def test_a_row_that_fails_stops_no_other_and_is_named_at_the_end(stand_ins, caps
 
 
 def wait_until(holds) -> None:
-    for _ in range(2000):
+    for _ in range(400):
         if holds():
             return
         time.sleep(0.05)
