@@ -1,6 +1,7 @@
-"""Writes one HTML page about a run, or several side by side; it needs no network to be read.
+"""Writes one HTML page about runs side by side, or a study; it needs no network to be read.
 
 python scripts/report.py runs/quickstart/static runs/quickstart/condconv --output=report.html
+python scripts/report.py runs/study
 """
 
 from absl import flags
@@ -20,7 +21,7 @@ def main(workdirs: list[str]) -> None:
     from condconv.engine.errors import UsageError
 
     if not workdirs or (len(workdirs) > 1 and not _OUTPUT.value):
-        raise UsageError("needs the folder of a run, or several and --output=FILE; see --help")
+        raise UsageError("needs one folder, or several and --output=FILE; see --help")
     paths = [files.path(workdir) for workdir in workdirs]
     output = files.path(_OUTPUT.value) if _OUTPUT.value else paths[0] / "report.html"
     for problem in report.write(paths, output):

@@ -199,7 +199,7 @@ def configs(records: Sequence[Record]) -> str:
         f"<details><summary>{escape(r.name)}</summary>{_text(r.config, r.name)}</details>\n"
         for r in records
     )
-    return section("Config: what differs", _differences(records)) + section("Config", whole)
+    return _differences(records) + section("Config", whole)
 
 
 def _text(text: str, name: str) -> str:
@@ -207,10 +207,11 @@ def _text(text: str, name: str) -> str:
 
 
 def _differences(records: Sequence[Record]) -> str:
-    """Returns a row for each binding that not all runs have alike."""
+    """Returns the section of the bindings that not all runs have alike."""
     bound = [dict(_BINDING.findall(record.config)) for record in records]
     values = {name: [each.get(name) for each in bound] for name in sorted(set().union(*bound))}
-    return _beside([r.name for r in records], {n: v for n, v in values.items() if len(set(v)) > 1})
+    differing = {name: each for name, each in values.items() if len(set(each)) > 1}
+    return _beside("Config: what differs", [record.name for record in records], differing)
 
 
 def environments(records: Sequence[Record]) -> str:
@@ -218,14 +219,14 @@ def environments(records: Sequence[Record]) -> str:
     groups = alike(records, lambda record: record.environment)
     names = dict.fromkeys(name for _, record in groups for name in record.environment)
     values = {name: [_plain(r.environment.get(name)) for _, r in groups] for name in names}
-    return section("Environment", _beside([title for title, _ in groups], values))
+    return _beside("Environment", [title for title, _ in groups], values)
 
 
-def _beside(titles: Sequence[str], values: Mapping[str, Sequence[Any]]) -> str:
-    """Returns a table with a row for each name, and a column for each run or group of runs."""
-    columns = [Column("", ""), *(Column(str(i), title) for i, title in enumerate(titles))]
+def _beside(title: str, runs: Sequence[str], values: Mapping[str, Sequence[Any]]) -> str:
+    """Returns a section with a row for each name, and a column for each run or group of runs."""
+    columns = [Column("", ""), *(Column(str(i), name) for i, name in enumerate(runs))]
     rows = [{"": name, **{str(i): v for i, v in enumerate(row)}} for name, row in values.items()]
-    return table(columns, rows, "Runs side by side") if rows else ""
+    return section(title, table(columns, rows, title) if rows else "")
 
 
 def _plain(value: Any) -> Any:

@@ -92,8 +92,8 @@ def write(workdirs: Sequence[epath.Path], output: epath.Path) -> list[str]:
     Raises:
         UsageError: if a folder is of neither, or the output cannot be written.
     """
-    files.check_output(output, "--output")
     found = {workdir: [] if records.is_run(workdir) else _studies(workdir) for workdir in workdirs}
+    files.check_output(output, "--output")
     sections, left_out = [], []
     for folder in dict.fromkeys(itertools.chain(*found.values())):
         of_study, problems = study_page.of_study(folder)
