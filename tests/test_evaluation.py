@@ -1,6 +1,7 @@
 """What evaluation keeps of each example, and evaluation of networks in files."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ import tensorflow as tf
 from etils import epath
 from test_training import experiment, network, stripes
 
-from condconv.engine import checkpoints, evaluation
+from condconv.engine import checkpoints, config, evaluation, network_file
+from condconv.engine.errors import RunError, UsageError
 from condconv.engine.evaluation import Predictions
+from condconv.engine.export_runtimes import Opened
+from condconv.engine.network_file import NetworkFile
 from data.pipeline import Pipeline
 from data.preprocess import whole
 from data.source import Source, indexed
@@ -78,3 +82,94 @@ def test_the_index_finds_the_example_whatever_the_batch():
     for name in ("index", "label", "predicted", "rank"):
         assert one[name].tolist() == five[name].tolist()
     np.testing.assert_allclose(one["loss"], five["loss"], rtol=1e-5)
+
+
+def test_a_file_scores_what_its_network_does(tmp_path):
+    model = network(3)
+    model.save(tmp_path / "model.keras")
+    expected = evaluation.Evaluator(model, stripes(), 8, tf.distribute.get_strategy())("test")
+    found = network_file.open_file(str(tmp_path / "model.keras"))
+    result = evaluation.evaluate_file(found, experiment(eval_batch_size=5))
+    assert result == {
+        **expected.summary(3),
+        "loss": pytest.approx(expected.summary(3)["loss"]),
+        **network_file.cost_of(model),
+        "dataset": "stripes",
+        "split": "test",
+        "step": None,
+        "weights": "file",
+    }
+
+
+def fake(shape: tuple[int | None, ...], classes: int, run=None, **metadata) -> NetworkFile:
+    return NetworkFile("x.onnx", Opened(run, shape, (None, classes)), metadata)
+
+
+def test_images_and_classes_have_to_be_those_of_the_file():
+    for shape, classes, said in (
+        ((None, 8, 8, 3), 3, "x.onnx takes images of 8×8×3 and stripes gives 6×6×3"),
+        ((None, None, None, 3), 4, "tells 4 classes apart and stripes has 3"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            evaluation.evaluate_file(fake(shape, classes), experiment())
+
+
+def test_what_a_runtime_raises_is_one_line():
+    def fails(images):
+        raise ValueError("first\nsecond")
+
+    with pytest.raises(RunError, match=r"^--source=x.onnx cannot be run: first$"):
+        evaluation.evaluate_file(fake((None, 6, 6, 3), 3, fails), experiment())
+
+
+def test_a_file_tells_its_cost_and_labels_or_nothing():
+    cost = {"parameters": 7, "multiply_adds": 8, "macs": 9}
+    told = fake((None, 6, 6, 3), 2, **cost, labels=["a", "b"], preprocessing=["x = 1"])
+    assert (told.cost(6), told.labels, told.preprocessing) == (cost, ["a", "b"], ["x = 1"])
+    untold = fake((None, 6, 6, 3), 3, labels=["a", "b"])
+    assert (untold.cost(6), untold.labels) == (dict.fromkeys(cost), [])
+
+
+@pytest.mark.parametrize("name", ["none.onnx", "text.txt", "gs://bucket/model.onnx", "."])
+def test_what_is_no_network_is_a_wrong_call(name, tmp_path):
+    (tmp_path / "text.txt").write_text("")
+    with pytest.raises(UsageError, match=r"is not local|is no \.keras, \.onnx, \.tflite file"):
+        network_file.open_file(name if "://" in name else str(tmp_path / name))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".tflite", ".keras"])
+def test_a_file_that_holds_something_else_is_told_in_one_line(suffix, tmp_path):
+    (tmp_path / f"x{suffix}").write_text("something else")
+    with pytest.raises(RunError, match=rf"x\{suffix} cannot be loaded: [^\n]+$"):
+        network_file.open_file(str(tmp_path / f"x{suffix}"))
+
+
+def test_the_data_alone_is_enough_of_a_config(tmp_path):
+    bindings = ("import data.configurables", "Experiment.data = @pipeline",
+                "Experiment.eval_split = 'test'", "pipeline.source = @digits",
+                "pipeline.preprocessing = @whole")  # fmt: skip
+    (tmp_path / "data.gin").write_text("\n".join(bindings))
+    (tmp_path / "less.gin").write_text(bindings[0])
+    loaded = config.load([str(tmp_path / "data.gin")], **evaluation.WITHOUT_TRAINING)
+    assert (loaded.eval_split, loaded.data().num_examples("test")) == ("test", 360)
+    with pytest.raises(UsageError, match=r"leaves out what an experiment needs: Experiment\.data$"):
+        config.load([str(tmp_path / "less.gin")], **evaluation.WITHOUT_TRAINING)
+    config._forget()
+
+
+def test_metadata_lies_in_a_file_or_beside_it(tmp_path):
+    about = {"labels": ["a", "b"]}
+    with zipfile.ZipFile(tmp_path / "x.tflite", "w") as archive:
+        archive.writestr("metadata.json", json.dumps(about))
+    (tmp_path / "saved" / "assets.extra").mkdir(parents=True)
+    (tmp_path / "saved" / "assets.extra" / "metadata.json").write_text(json.dumps(about))
+    described = about | {"sha256": {"y.keras": "…", "z/saved_model.pb": "…"}}
+    (tmp_path / "metadata.json").write_text(json.dumps(described))
+    opened, telling = Opened(None, (), ()), Opened(None, (), (), texts={"labels": '["a", "b"]'})
+    for name, found in (("x.tflite", opened), ("saved", opened), ("x.onnx", telling)):
+        assert network_file._metadata(str(tmp_path / name), found) == about
+    assert network_file._metadata(str(tmp_path / "y.keras"), opened) == described
+    assert network_file._metadata(str(tmp_path / "another.keras"), opened) == {}
+    (tmp_path / "metadata.json").write_text("[")
+    with pytest.raises(RunError, match="y.keras says what cannot be read: Expecting value"):
+        network_file._metadata(str(tmp_path / "y.keras"), opened)

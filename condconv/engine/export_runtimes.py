@@ -10,7 +10,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,14 @@ class Opened:
         input_shape: of images, (N, H, W, C); None for a size that may be any.
         output_shape: of logits, (N, classes).
         model: the network itself, of a ``.keras`` file.
+        texts: what is written into an ONNX file about it.
     """
 
     run: Callable[[Images], Logits]
     input_shape: tuple[int | None, ...]
     output_shape: tuple[int | None, ...]
     model: Any = None
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __call__(self, images: Images) -> Logits:
         """Runs it."""
@@ -89,7 +91,12 @@ def _open_onnx(path: str) -> Opened:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     ends = (session.get_inputs()[0], session.get_outputs()[0])
     shapes = (_sizes(end.shape) for end in ends)
-    return Opened(lambda images: session.run(["logits"], {"images": images})[0], *shapes)
+    texts = session.get_modelmeta().custom_metadata_map
+
+    def run(images: Images) -> Logits:
+        return session.run(["logits"], {"images": images})[0]
+
+    return Opened(run, *shapes, texts=texts)
 
 
 def _open_litert(path: str) -> Opened:

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import json
 import pathlib
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ from condconv.engine.errors import RunError, UsageError
 from condconv.engine.export_runtimes import Images, Logits, Opened, open_network
 
 _SUFFIXES = (".keras", ".onnx", ".tflite")
+_MOST_TEXT = 2**24  # bytes of JSON
 _COST = ("parameters", "multiply_adds", "macs")
 
 
@@ -24,7 +27,7 @@ class NetworkFile:
     Attributes:
         name: path of the file.
         opened: computes it.
-        metadata: what is written beside it or in it, or nothing; see ``export_card.metadata``.
+        metadata: what is written in it or beside it, or nothing; see ``export_card.metadata``.
     """
 
     name: str
@@ -101,7 +104,7 @@ def open_file(path: str) -> NetworkFile:
             f"--source={path} maps {shapes[0]} to {shapes[1]}, not images (N, H, W, C) to logits "
             "(N, classes)"
         )
-    return NetworkFile(path, opened, _metadata(path))
+    return NetworkFile(path, opened, _metadata(path, opened))
 
 
 def _check_path(name: str) -> None:
@@ -128,13 +131,30 @@ def _in_one_line(path: str, what: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         said = str(error).split("Exception encountered: ")[-1].strip().split("\n")[0]
-        raise RunError(f"--source={path} {what}: {said or error!r}") from error
+        raise RunError(f"--source={path} {what}: {said or repr(error)}") from error
 
 
-def _metadata(name: str) -> Mapping[str, Any]:
-    """Returns what the ``metadata.json`` beside a file says, if it is about that file."""
-    path = pathlib.Path(name)
-    beside = files.path(str(path.parent / "metadata.json"))
-    metadata = files.read_json(beside) if files.is_file(beside) else {}
-    described = metadata.get("sha256", ())
-    return metadata if any(key.split("/")[0] == path.name for key in described) else {}
+def _metadata(name: str, opened: Opened) -> Mapping[str, Any]:
+    """Returns what a file says of itself, or else what ``metadata.json`` beside it says of it."""
+    with _in_one_line(name, "says what cannot be read"):
+        path = pathlib.Path(name)
+        inside = {key: json.loads(text) for key, text in opened.texts.items()}
+        inside = inside or json.loads(_inside(path) or "{}")
+        beside = path.absolute().parent / "metadata.json"
+        found = inside or (json.loads(beside.read_text()) if beside.is_file() else {})
+        described = found.get("sha256", {path.name: ""})  # what is inside knows of no files
+        return found if any(key.split("/")[0] == path.name for key in described) else {}
+
+
+def _inside(path: pathlib.Path) -> bytes | None:
+    """Returns the metadata in the folder of a SavedModel, or behind a LiteRT file."""
+    extra = path / "assets.extra" / "metadata.json"
+    if extra.is_file():
+        return extra.read_bytes()
+    if path.suffix != ".tflite" or not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        sizes = {member.filename: member.file_size for member in archive.infolist()}
+        if sizes.get("metadata.json", 0) > _MOST_TEXT:
+            raise ValueError(f"its metadata.json would take {sizes['metadata.json']:,} bytes")
+        return archive.read("metadata.json") if "metadata.json" in sizes else None
