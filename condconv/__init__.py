@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from condconv.cost import Cost, count_cost
     from condconv.folding import fold_batch_norm
     from condconv.layers import CondConv2D, CondDense, DepthwiseCondConv2D, Routing
+    from condconv.storage import store_experts
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "Routing",
     "count_cost",
     "fold_batch_norm",
+    "store_experts",
 ]
 
 _HOMES = {
@@ -38,6 +40,7 @@ _HOMES = {
     "Routing": "condconv.layers",
     "count_cost": "condconv.cost",
     "fold_batch_norm": "condconv.folding",
+    "store_experts": "condconv.storage",
 }
 _WITH_LAYERS = (
     "condconv.activation",

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from keras import activations, initializers, layers, ops
 
+from condconv.copying import copy_state
 from condconv.layers import CondConv2D, CondDense, DepthwiseCondConv2D
 from condconv.normalization import BatchNormShift, FromBatchNorm
 from condconv.work import extras, kind
@@ -56,7 +57,7 @@ def fold_batch_norm(model: keras.Model) -> keras.Model:
         if old in folds:
             _fold(old, folds[old], new, copies[folds[old]])
         elif isinstance(new, keras.Layer) and old not in calls and old not in folds.values():
-            _copy_state(old, new)
+            copy_state(old, new)
     return copies[model]
 
 
@@ -230,7 +231,7 @@ def _fold(layer: Any, norm: Any, new: Any, shift: BatchNormShift | None) -> None
     if shift is None:
         _assign(new.bias, bias + offset)
     else:
-        _copy_state(layer, new)  # it may have a routing of its own
+        copy_state(layer, new)  # it may have a routing of its own
         _assign(shift.bias, offset)
         if layer.bias is not None:
             _assign(new.bias, bias)
@@ -252,11 +253,3 @@ def _values(variable: keras.Variable) -> np.ndarray:
 
 def _assign(variable: keras.Variable, value: np.ndarray) -> None:
     variable.assign(ops.cast(value, variable.dtype))
-
-
-def _copy_state(old: keras.Layer, new: keras.Layer) -> None:
-    """Copies the weights as saving and loading do: some layers derive more from them."""
-    for part, copied in zip(old._flatten_layers(), new._flatten_layers(), strict=True):
-        store: dict[str, Any] = {}
-        part.save_own_variables(store)
-        copied.load_own_variables(store)
