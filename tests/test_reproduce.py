@@ -68,6 +68,7 @@ def stand_ins(tmp_path, monkeypatch) -> pathlib.Path:
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "eval.py").write_text(EVAL)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep, "_POLL_SECONDS", 0.01)
     return tmp_path
 
 
@@ -163,7 +164,11 @@ sys.exit(t.sweep.run(t.small(), t.place(t.sweep.ROOT), range(1)))
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=lambda number: number.name,
+)
 def test_a_signal_stops_the_children_and_the_next_call_goes_on(stand_ins, number):
     (stand_ins / "mood").write_text("waits")
     process = in_background(stand_ins)
@@ -186,7 +191,7 @@ def test_after_a_kill_the_next_call_waits_for_what_still_runs(stand_ins, capsys)
     process.communicate()
     (stand_ins / "mood").unlink()
     orphan = int((place(stand_ins) / "static" / "seed0" / "pid").read_text())
-    threading.Timer(0.5, os.kill, (orphan, signal.SIGTERM)).start()
+    threading.Timer(0.1, os.kill, (orphan, signal.SIGTERM)).start()
     assert sweep.run(small(), place(stand_ins), range(1)) == 0
     said = capsys.readouterr().err
     assert "static seed 0: another process is at it; waiting for that one" in said
@@ -201,7 +206,7 @@ def test_what_another_call_has_finished_meanwhile_is_not_run_again(stand_ins):
     path.unlink()
     with open(path.parent / "lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        for seconds, act in ((0.3, lambda: path.write_text(result)), (0.6, file.close)):
+        for seconds, act in ((0.1, lambda: path.write_text(result)), (0.3, file.close)):
             threading.Timer(seconds, act).start()
         assert sweep.run(small(), place(stand_ins), range(1)) == 0
     assert calls(stand_ins)["static seed0"] == BOTH
@@ -254,8 +259,6 @@ def test_wrong_calls_are_one_line(table, tmp_path):
         ([], "needs --table=NAME"),
         (["--table=imagnet"], "there is no table 'imagnet'"),
         ([table, "--dataset=digits"], "--dataset=digits needs --workdir=FOLDER"),
-        ([table, "--dataset=mnist"], "mnist"),
-        ([table, "--seeds=0"], "seeds"),
     ):
         done = reproduce(*flags)
         assert (done.returncode, done.stdout) == (2, "")
@@ -313,3 +316,39 @@ def test_digits_are_trained_killed_and_gone_on_with_to_the_same_table(tmp_path, 
     assert again.stdout == whole.stdout
     third = reproduce(*flags, cut)
     assert (third.stdout, third.stderr) == (whole.stdout, "2 of 2 are done already\n")
+
+
+@pytest.mark.parametrize("name", ["imagenet", "released"])
+def test_on_digits_a_row_differs_from_its_baseline_by_its_experts_alone(name):
+    table = study_table.read_table(name)
+    for row in table.rows:
+        if row.baseline is None:
+            continue
+        (file, bindings), (other, others) = (
+            each.gin("digits") for each in (row, table.row(row.baseline))
+        )
+        assert file == other
+        (extra,) = {*bindings} - {*others}
+        assert re.fullmatch(r"\w+\.num_experts = [48]", extra)
+        assert {*others} <= {*bindings}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["imagenet", "released"])
+def test_on_digits_twins_are_normalised_and_regularised_alike(name):
+    from condconv.engine import config  # loads TensorFlow, which the quick tests do without
+
+    table = study_table.read_table(name)
+
+    def training(row: study_table.Row) -> tuple[object, ...]:
+        file, bindings = row.gin("digits")
+        experiment = config.load([file], bindings)
+        layers = experiment.model(num_classes=10).layers
+        named = ("PixelNormalization", "Dropout", "StochasticDepth", "BatchNormalization")
+        kept = [layer.get_config() for layer in layers if type(layer).__name__ in named]
+        chosen = ("duration", "batch_size", "weight_decay", "label_smoothing", "ema_decay")
+        return kept, [getattr(experiment, each) for each in chosen]
+
+    for row in table.rows:
+        if row.baseline:
+            assert training(row) == training(table.row(row.baseline)), row.name
