@@ -42,7 +42,8 @@ def main(_: list[str]) -> int:
     folder = files.path(_WORKDIR.value) / table.name / _DATASET.value
     study = Study(table, _DATASET.value, tuple(_GIN_PARAM.value))
     code = sweep.run(study, folder, range(_SEEDS.value), _JOBS.value)
-    study_text.show_results(folder, _JSON.value)
+    if code < 128:  # not stopped by a signal
+        study_text.show_results(folder, _JSON.value)
     return code
 
 

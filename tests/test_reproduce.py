@@ -42,6 +42,8 @@ moods = [folder / "mood" for folder in (workdir, workdir.parents[4])]
 mood = next((path.read_text() for path in moods if path.exists()), "")
 with open(workdir / "calls", "a") as file:
     file.write(f"train on {sorted(os.sched_getaffinity(0))}\\n")
+if mood == "dies":
+    os.kill(os.getpid(), signal.SIGKILL)
 if mood == "fails":
     sys.exit("first line\\ntrain.py: the loss is not finite\\n")
 if mood == "waits":
@@ -128,22 +130,30 @@ def test_a_damaged_result_is_run_again(stand_ins, capsys):
     assert len(study.read_results(place(stand_ins))[0]) == 2
 
 
-def test_a_row_that_fails_stops_no_other_and_is_named_at_the_end(stand_ins, capsys):
+@pytest.mark.parametrize(
+    ("mood", "said", "logged"),
+    [
+        ("fails", "train.py: the loss is not finite", "first line"),
+        ("dies", "ended by SIGKILL; nothing said", ""),
+    ],
+)
+def test_a_row_that_fails_stops_no_other_and_is_named_at_the_end(
+    stand_ins, capsys, mood, said, logged
+):
     failing = place(stand_ins) / "static" / "seed0"
     failing.mkdir(parents=True)
-    (failing / "mood").write_text("fails")
+    (failing / "mood").write_text(mood)
     assert sweep.run(small(), place(stand_ins), range(2)) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert said[-1] == "failed: static seed 0: train.py: the loss is not finite"
-    assert "first line" in (failing / "output.log").read_text()
+    assert capsys.readouterr().err.splitlines()[-1] == f"failed: static seed 0: {said}"
+    assert logged in (failing / "output.log").read_text()
     assert len(study.read_results(place(stand_ins))[0]) == 3
     (failing / "mood").unlink()
     assert sweep.run(small(), place(stand_ins), range(2)) == 0
     assert len(study.read_results(place(stand_ins))[0]) == 4
 
 
-def wait_until(holds) -> None:
-    for _ in range(400):
+def wait_until(holds, seconds: float = 20) -> None:
+    for _ in range(round(20 * seconds)):
         if holds():
             return
         time.sleep(0.05)
@@ -302,13 +312,13 @@ def test_ablations_cost_what_follows_from_their_architecture():
 def test_digits_are_trained_killed_and_gone_on_with_to_the_same_table(tmp_path, table):
     params = ("Experiment.duration = '30 steps'", "Experiment.checkpoint_every = '5 steps'")
     short = [f"--gin_param={each}" for each in (*params, "mobilenet_v1.width = 0.1")]
-    flags = [table, "--dataset=digits", "--json", *short]
-    whole = reproduce(*flags, f"--workdir={tmp_path}/whole", "--jobs=2")
+    flags = [table, "--dataset=digits", "--jobs=2", "--json", *short]
+    whole = reproduce(*flags, f"--workdir={tmp_path}/whole")
     assert whole.returncode == 0, whole.stderr
     cut = f"--workdir={tmp_path}/cut"
     process = subprocess.Popen([sys.executable, "scripts/reproduce.py", *flags, cut], cwd=ROOT)
     checkpoints = tmp_path / "cut" / "small" / "digits" / "static" / "seed0" / "checkpoints"
-    wait_until(lambda: checkpoints.exists() and any(checkpoints.iterdir()))
+    wait_until(lambda: checkpoints.exists() and any(checkpoints.iterdir()), 300)
     process.kill()
     process.communicate()
     again = reproduce(*flags, cut)

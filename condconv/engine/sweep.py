@@ -227,7 +227,7 @@ class _Sweep:
         try:
             if code:
                 files.write_text(task.folder / "output.log", said)
-                raise RunError(_last_line(said) or f"exit code {code}")
+                raise RunError(_reason(code, said))
             write_result(self._study, task.row, task.seed, task.folder, seconds)
             result = read_result(self._study, task.folder / "result.json")
         except (RunError, UsageError) as error:
@@ -297,9 +297,13 @@ def _all_of(said: Any) -> str:
         return said.read().decode(errors="replace")
 
 
-def _last_line(said: str) -> str:
+def _reason(code: int, said: str) -> str:
+    """Returns the last line that a process said, and what ended it if that was a signal."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    if code > 0 and lines:
+        return lines[-1]
+    ended = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
+    return f"{ended}; {lines[-1] if lines else 'nothing said'}"
 
 
 def _time(seconds: float) -> str:
