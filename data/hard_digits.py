@@ -19,15 +19,16 @@ from data.source import Example, Source, Split, indexed
 VIEWS = 10  # of each held-out digit
 SIZE = 32  # of an image, in pixels
 
-_PIECES = 3  # of clutter in an image
+_PIECES = 2  # of clutter in an image
 _PIECE_ROWS = SIZE // 2  # that are left of a digit in a piece
 
 # Bounds of what is drawn evenly. The side is that of the square that the scan fills, in pixels.
-_SIDE = (20.0, 30.0)
+_SIDE = (25.0, 30.0)
 _PIECE_SIDE = (12.0, 20.0)
-_PIECE_INK = (0.3, 0.7)  # of the digit's
-_CONTRAST = (0.5, 0.9)  # of ink to paper, of the whole range of grey
-_NOISE = 0.05  # its deviation, of the whole range of grey
+_ROOM = 0.5  # of what the side leaves of the image, that the digit moves in
+_PIECE_INK = (0.2, 0.4)  # of the digit's
+_CONTRAST = (0.8, 1.0)  # of ink to paper, of the whole range of grey
+_NOISE = 0.03  # its deviation, of the whole range of grey
 
 _fold = tf.random.experimental.stateless_fold_in
 
@@ -51,7 +52,7 @@ def hard_view(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """Puts a digit among pieces of others, all turned, scaled and moved, dark or light, in noise.
 
     Pieces are halves of training digits, fainter than the digit. What is drawn evenly: angles from
-    the whole circle; the side of the digit from 20 to 30 pixels, and its place within the image;
+    the whole circle; the side of the digit from 25 to 30 pixels, and its place within the image;
     one half of the images inverted.
 
     Turned through the whole circle, some 6 and 9 cannot be told apart. That is a fifth of all
@@ -107,8 +108,8 @@ def _moved(shapes: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
     bounds = tf.constant([_SIDE] + [_PIECE_SIDE] * _PIECES)
     low, high = tf.unstack(bounds, axis=1)
     side = low + drawn[:, 1] * (high - low)
-    # The digit stays within the image; pieces may hang over its edge.
-    room = tf.concat([[SIZE - side[0]], tf.fill([_PIECES], float(SIZE))], axis=0)
+    # The digit stays near the middle; pieces may hang over the edge.
+    room = tf.concat([[_ROOM * (SIZE - side[0])], tf.fill([_PIECES], float(SIZE))], axis=0)
     x, y = (SIZE - 1) / 2 + (drawn[:, 2] - 0.5) * room, (SIZE - 1) / 2 + (drawn[:, 3] - 0.5) * room
     angle = drawn[:, 0] * (2 * math.pi)
     cos, sin = tf.cos(angle) * SIZE / side, tf.sin(angle) * SIZE / side
@@ -131,11 +132,9 @@ def _moved(shapes: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
 
 
 def _printed(ink: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
-    """Returns ink on paper, both of a drawn grey from 0 to 1, the ink lighter or darker."""
-    contrast = _CONTRAST[0] + drawn[0] * (_CONTRAST[1] - _CONTRAST[0])
-    paper = drawn[1] * (1 - contrast)
-    grey = paper + contrast * ink
-    return tf.where(drawn[2] < 0.5, grey, 1 - grey)
+    """Returns the grey of each pixel from 0 to 1: light ink on black, or dark ink on white."""
+    grey = ink * (_CONTRAST[0] + drawn[0] * (_CONTRAST[1] - _CONTRAST[0]))
+    return tf.where(drawn[1] < 0.5, grey, 1 - grey)
 
 
 def _views(split: Split) -> Split:
