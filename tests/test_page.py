@@ -470,6 +470,17 @@ def test_a_report_that_fails_is_a_line_in_the_log(tmp, monkeypatch, caplog):
     assert line == f"{tmp}/a/report.html was not written: no ink"
 
 
+def test_a_network_whose_cost_cannot_be_counted_has_a_page(tmp, caplog):
+    inputs = keras.Input((None, None, 3))
+    open_size = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(inputs))
+    run = make_run(tmp / "a")
+    (run / "cost.json").unlink()
+    report.conclude(open_size, run)
+    (line,) = caplog.messages
+    assert "a/cost.json was not written" in line and "open size" in line
+    assert len(Page(run / "report.html").drawn) == 5
+
+
 @pytest.mark.slow
 def test_training_ends_with_a_page_and_evaluation_adds_to_it(tmp):
     def call(*arguments):

@@ -1,6 +1,7 @@
 """One HTML page that holds all it shows: no address outside of it, and no script."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,7 +90,7 @@ _PER_LAYER = (
 def of_runs(records: Sequence[Record]) -> list[str]:
     """Returns the sections about one run, or about several side by side."""
     return [
-        problems([problem for record in records for problem in record.problems]),
+        problems([f"left out: {problem}" for record in records for problem in record.problems]),
         _results(records),
         section("Figures", figure_grid(figures.of_runs(records))),
         _costs(records),
@@ -159,7 +160,7 @@ def _cell(column: Column, value: Any) -> str:
         text = format(value * column.scale, column.form)
     except OverflowError:
         text = str(value)
-    return f'<td{_aligned(column)}><data value="{value!r}">{text}</data></td>'
+    return f'<td{_aligned(column)}><data value="{json.dumps(value)}">{text}</data></td>'
 
 
 def _aligned(column: Column) -> str:

@@ -1,11 +1,12 @@
 """Runs side by side: what they cost and reached and their curves, as a table, plot or page."""
 
+import contextlib
 import dataclasses
 import io
 import itertools
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -17,6 +18,7 @@ from condconv.engine.charts import COLOURS
 from condconv.engine.errors import UsageError
 
 _STYLES = {"train": ":", "minival": "-", "val": "-"}
+_MOST_NAMES = 4  # in a page's title
 _LABELS = {"train": "training", "minival": "selection", "val": "evaluation"}
 
 
@@ -103,6 +105,7 @@ def write(workdirs: Sequence[epath.Path], output: epath.Path) -> list[str]:
         sections += page.of_runs(runs)
         left_out += [problem for run in runs for problem in run.problems]
     title = ", ".join(workdir.name or str(workdir) for workdir in found)
+    title = title if len(found) <= _MOST_NAMES else f"{len(found)} folders"
     files.write_text(output, page.document(title, sections))
     return left_out
 
@@ -121,12 +124,19 @@ def conclude(model: keras.Model, workdir: epath.Path) -> None:
 
     ``cost.json`` has the totals of the model's cost and, in ``rows``, those of each layer.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what cannot be counted is named in the file
-            cost = count_cost(model)
+    with _worth_no_failure(workdir / "cost.json"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what cannot be counted is named in the file
+        cost = count_cost(model)
         totals = {"multiply_adds": cost.multiply_adds, "macs": cost.macs}
         files.write_json(workdir / "cost.json", totals | dataclasses.asdict(cost))
+    with _worth_no_failure(workdir / "report.html"):
         write([workdir], workdir / "report.html")
-    except Exception as error:  # the run is done, and its report is not worth failing for
-        logging.warning("%s/report.html was not written: %s", workdir, files.reason(error))
+
+
+@contextlib.contextmanager
+def _worth_no_failure(path: epath.Path) -> Iterator[None]:
+    """Turns whatever goes wrong into a line of the log: the run is done."""
+    try:
+        yield
+    except Exception as error:
+        logging.warning("%s was not written: %s", path, files.reason(error))
