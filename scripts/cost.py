@@ -46,19 +46,14 @@ def main(_: list[str]) -> None:
 
 def _model() -> object:
     """Returns the network that the flags describe, or the saved one."""
-    import keras
-
+    from condconv.engine import keras_file
     from condconv.engine.errors import UsageError
     from models import create_model
 
     if (_MODEL.value is None) == (_SOURCE.value is None):
         raise UsageError("needs one of --model=NAME and --source=FILE; see --help")
     if _SOURCE.value:
-        try:
-            return keras.models.load_model(_SOURCE.value)
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            said = str(error).split("Exception encountered: ")[-1].split("\n")[0]
-            raise UsageError(f"--source={_SOURCE.value} cannot be loaded: {said}") from error
+        return keras_file.load(_SOURCE.value)
     arguments = {
         "num_experts": _NUM_EXPERTS.value,
         "num_classes": _NUM_CLASSES.value,

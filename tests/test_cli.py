@@ -177,9 +177,10 @@ def test_a_file_that_holds_no_model_is_a_wrong_call(tmp_path):
     (tmp_path / "a.keras").write_text("garbage")
     with zipfile.ZipFile(tmp_path / "b.keras", "w") as file:
         file.writestr("metadata.json", "{}")
-    for path in (tmp_path / "a.keras", tmp_path / "b.keras", tmp_path / "none.keras"):
-        done = call("scripts/cost.py", f"--source={path}")
-        assert_refused(done, 2, f"--source={path} cannot be loaded: ")
+    for path in (tmp_path / "a.keras", tmp_path / "b.keras"):
+        assert_refused(call("scripts/cost.py", f"--source={path}"), 1, f"{path} cannot be loaded: ")
+    done = call("scripts/cost.py", f"--source={tmp_path}/none.keras")
+    assert_refused(done, 2, "none.keras is no .keras file")
 
 
 @pytest.mark.slow

@@ -144,8 +144,9 @@ def _artifacts(
     metadata: Mapping[str, Any],
     calibration: Calibration | None,
 ) -> Iterator[_Artifact]:
-    labels = "".join(f"{name}\n" for name in source.class_names)
-    notes = {"metadata.json": _json(metadata), "labels.txt": labels}
+    notes = {"metadata.json": _json(metadata)}
+    if source.class_names:
+        notes["labels.txt"] = "".join(f"{name}\n" for name in source.class_names)
 
     def saved_model(model: keras.Model, path: pathlib.Path) -> None:
         export_formats.write_saved_model(model, path, serving(model, source), notes)

@@ -23,10 +23,8 @@ Images = np.ndarray
 Logits = np.ndarray
 """(N, classes) float32."""
 
-_MAIN = (
-    "import sys; from condconv.engine import export_runtimes; "
-    "export_runtimes.answer(sys.argv[1], sys.argv[2])"
-)
+_MAIN = "import sys; from condconv.engine import export_runtimes as r; r.{}(*sys.argv[1:])"
+_ANY_SIZE = 64  # height and width of the images that a network of no fixed size is tried with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +53,29 @@ class Opened:
 def open_network(path: str) -> Opened:
     """Returns the network in a file.
 
+    A damaged file of LiteRT's can take the whole process with it, so one is tried in another first.
+
     Args:
-        path: of a ``.keras``, ``.onnx`` or ``.tflite`` file, or the folder of a SavedModel.
+        path: of a ``.keras``, ``.onnx`` or ``.tflite`` file, or the folder of a SavedModel, which
+            is a program, and runs as one.
+
+    Raises:
+        RunError: if the runtime does not survive it. What else is wrong, it says in its own way.
     """
+    if path.endswith(".tflite"):
+        done = _python("try_out", path)
+        if done.returncode < 0:
+            raise RunError(f"{path} is damaged: LiteRT crashes on it (signal {-done.returncode})")
+    return _open(path)
+
+
+def try_out(path: str) -> None:
+    """Runs a file on one black image."""
+    network = _open(path)
+    network(np.zeros([1, *(size or _ANY_SIZE for size in network.input_shape[1:])], np.float32))
+
+
+def _open(path: str) -> Opened:
     return _OPEN.get(pathlib.PurePath(path).suffix, _open_saved_model)(path)
 
 
@@ -124,17 +142,7 @@ def run_apart(path: pathlib.Path, batches: Sequence[Images]) -> list[Logits]:
     """
     with tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/images.npz", *batches)
-        done = subprocess.run(
-            [sys.executable, "-c", _MAIN, str(path), folder],
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-            },
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
+        done = _python("answer", str(path), folder)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise RunError(f"{path.name} does not run in a fresh process: {said[-1]}")
@@ -142,9 +150,24 @@ def run_apart(path: pathlib.Path, batches: Sequence[Images]) -> list[Logits]:
             return [logits[name] for name in logits]
 
 
+def _python(function: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Calls a function of this module in a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, "-c", _MAIN.format(function), *arguments],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        },
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+
+
 def answer(path: str, folder: str) -> None:
     """Runs a file on the batches in ``folder``/images.npz, and leaves logits.npz there."""
-    network = open_network(path)
+    network = _open(path)
     with np.load(f"{folder}/images.npz") as batches:
         logits = [network(batches[name]) for name in batches]
     np.savez(f"{folder}/logits.npz", *logits)

@@ -1,11 +1,8 @@
 """What is exported: a trained network, and what is known about it."""
 
-import contextlib
 import dataclasses
 import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -13,7 +10,7 @@ import tensorflow as tf
 from etils import epath
 
 from condconv.engine import checkpoints, config, files, keras_file
-from condconv.engine.errors import RunError, UsageError
+from condconv.engine.errors import UsageError
 from condconv.engine.experiment import Experiment, build_data, build_model
 from condconv.engine.export_formats import in_float32
 
@@ -125,25 +122,11 @@ def of_file(path: str, known: Callable[[int, int], dict[str, Any]]) -> Source:
         UsageError: if there is no such file, or its network is not one of images to logits.
         RunError: if it cannot be loaded.
     """
-    if not path.endswith(".keras") or not files.is_file(files.path(path)):
-        raise UsageError(f"--source={path} is no .keras file: name one, or a run by --workdir")
-    with _loading(path):
-        model = in_float32(keras_file.load(path))
+    model = in_float32(keras_file.load(path))
     _check(model, path)
     _, height, width, channels = model.input_shape
     square = height is not None and (height, channels) == (width, 3)
     return Source(model, path, **known(height, model.output_shape[-1]) if square else {})
-
-
-@contextlib.contextmanager
-def _loading(path: str) -> Iterator[None]:
-    damaged = (OSError, EOFError, zipfile.BadZipFile, zlib.error)
-    refused = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)
-    try:
-        yield
-    except (*damaged, *refused, MemoryError, tf.errors.OpError) as error:
-        said = str(error).split("Exception encountered: ")[-1].strip().split("\n")[0]
-        raise RunError(f"--source={path} cannot be loaded: {said or error!r}") from error
 
 
 def _check(model: keras.Model, path: str) -> None:

@@ -11,12 +11,15 @@ import json
 import math
 import os
 import zipfile
+import zlib
 from typing import Any
 
 import h5py
 import keras
 
 import condconv  # noqa: F401  registers the layers
+from condconv.engine import files
+from condconv.engine.errors import RunError, UsageError
 
 _WEIGHTS = "model.weights.h5"
 _MEMBERS = {"config.json", "metadata.json", _WEIGHTS}
@@ -29,9 +32,22 @@ def load(path: str) -> keras.Model:
     """Returns the network in a local ``.keras`` file, whose layers are Keras' and ours.
 
     Raises:
-        ValueError: if the file is larger inside than it can be, holds what no network of images
-            needs, or is refused by Keras, which also raises errors of other kinds.
+        UsageError: if there is no such file.
+        RunError: if it is damaged, larger inside than it can be, holds what no network of images
+            needs, or is refused by Keras.
     """
+    if not path.endswith(".keras") or not files.is_file(files.path(path)):
+        raise UsageError(f"{path} is no .keras file: name one")
+    damaged = (*files.path_errors(), EOFError, zipfile.BadZipFile, zlib.error)
+    refused = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+    try:
+        return _load(path)
+    except (*damaged, *refused, MemoryError) as error:
+        said = str(error).split("Exception encountered: ")[-1].strip().split("\n")[0]
+        raise RunError(f"{path} cannot be loaded: {said or error!r}") from error
+
+
+def _load(path: str) -> keras.Model:
     with zipfile.ZipFile(path) as archive:
         _check_members(archive, os.path.getsize(path))
         config = json.loads(archive.read("config.json"))
