@@ -153,7 +153,7 @@ def test_files_of_a_run_score_and_predict_what_it_does(tmp_path):
     """One short run, exported to every float format; what cannot work ends with code 2."""
     run, exported = tmp_path / "run", tmp_path / "exported"
     digits = "--gin_file=configs/digits.gin"
-    short = ("duration = '60 steps'", "ema_decay = 0.8", "evaluate_every = '60 steps'")
+    short = ("duration = '10 epochs'", "ema_decay = 0.9", "evaluate_every = '10 epochs'")
     bindings = [f"--gin_param=Experiment.{each}" for each in short]
     done = call("train.py", digits, "--gin_param=mobilenet_v1.num_experts=3", *bindings,
                 f"--workdir={run}")  # fmt: skip
