@@ -158,6 +158,7 @@ def test_int8_that_says_something_else_is_not_written(broken, source, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_calibration_draws_from_two_splits():
     experiment = config.load([str(ROOT / "configs" / "digits.gin")])
     model = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.GlobalMaxPooling2D()])
