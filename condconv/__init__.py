@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from condconv.cost import Cost, count_cost
     from condconv.folding import fold_batch_norm
     from condconv.layers import CondConv2D, CondDense, DepthwiseCondConv2D, Routing
-    from condconv.storage import store_experts
 
 __version__ = "0.1.0"
 
@@ -29,7 +28,6 @@ __all__ = [
     "Routing",
     "count_cost",
     "fold_batch_norm",
-    "store_experts",
 ]
 
 _HOMES = {
@@ -40,7 +38,6 @@ _HOMES = {
     "Routing": "condconv.layers",
     "count_cost": "condconv.cost",
     "fold_batch_norm": "condconv.folding",
-    "store_experts": "condconv.storage",
 }
 _WITH_LAYERS = (
     "condconv.activation",

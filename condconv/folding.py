@@ -14,7 +14,6 @@ import keras
 import numpy as np
 from keras import activations, initializers, layers, ops
 
-from condconv.copying import copy_state
 from condconv.layers import CondConv2D, CondDense, DepthwiseCondConv2D
 from condconv.normalization import BatchNormShift, FromBatchNorm
 from condconv.work import extras, kind
@@ -57,7 +56,7 @@ def fold_batch_norm(model: keras.Model) -> keras.Model:
         if old in folds:
             _fold(old, folds[old], new, copies[folds[old]])
         elif isinstance(new, keras.Layer) and old not in calls and old not in folds.values():
-            copy_state(old, new)
+            _copy_state(old, new)
     return copies[model]
 
 
@@ -231,7 +230,7 @@ def _fold(layer: Any, norm: Any, new: Any, shift: BatchNormShift | None) -> None
     if shift is None:
         _assign(new.bias, bias + offset)
     else:
-        copy_state(layer, new)  # it may have a routing of its own
+        _copy_state(layer, new)  # it may have a routing of its own
         _assign(shift.bias, offset)
         if layer.bias is not None:
             _assign(new.bias, bias)
@@ -253,3 +252,15 @@ def _values(variable: keras.Variable) -> np.ndarray:
 
 def _assign(variable: keras.Variable, value: np.ndarray) -> None:
     variable.assign(ops.cast(value, variable.dtype))
+
+
+def _copy_state(old: keras.Layer, new: keras.Layer) -> None:
+    """Copies the weights as saving and loading do: some layers derive more from them.
+
+    On JAX no array may belong to two variables: a compiled function may take one model's for its
+    own use, and then the other's is gone.
+    """
+    for part, copied in zip(old._flatten_layers(), new._flatten_layers(), strict=True):
+        store: dict[str, Any] = {}
+        part.save_own_variables(store)
+        copied.load_own_variables({name: ops.convert_to_numpy(v) for name, v in store.items()})

@@ -1,11 +1,9 @@
-"""The ways to mix experts, and to convolve each example with its own kernel.
+"""The ways to convolve each example with its own kernel; ``condconv.ops`` picks one of them.
 
-``condconv.ops`` picks one of each. A mixing maps routing weights (B, n) and experts (n, P) to
-(B, P); a convolution maps x (B, H, W, in), kernels (B, kh, kw, in, filters or m) and a geometry to
-(B, H', W', …). All of a kind give the same result, and cost differently.
+Each maps x (B, H, W, in), kernels (B, kh, kw, in, filters or m) and a geometry to (B, H', W', …).
+All give the same result, and cost differently.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +13,6 @@ from condconv.normalization import at_least_float32
 
 Tensor = Any
 Pair = tuple[int, int]
-Mixing = Callable[[Tensor, Tensor], Tensor]
 Convolution = Callable[[Tensor, Tensor, "Geometry"], Tensor]
 
 # More convolutions than this are not put into one graph: examples are folded into fewer.
@@ -36,34 +33,8 @@ class Geometry(NamedTuple):
     dilation_rate: Pair = (1, 1)
 
 
-def mix_by_matmul(routing_weights: Tensor, experts: Tensor) -> Tensor:
-    """A mixture is a product of matrices."""
-    return ops.matmul(routing_weights, ops.cast(experts, routing_weights.dtype))
-
-
-def mix_in_loop(routing_weights: Tensor, experts: Tensor) -> Tensor:
-    """The sum over experts, which XLA makes one loop that reads each of them once."""
-    dtype = routing_weights.dtype
-    return sum(
-        routing_weights[:, expert, None] * ops.cast(experts[expert], dtype)
-        for expert in range(experts.shape[0])
-    )
-
-
-def mix_in_compiled_loop(routing_weights: Tensor, experts: Tensor) -> Tensor:
-    """The same in a graph of TensorFlow's, where XLA compiles this sum alone."""
-    return _compiled_loop()(routing_weights, experts)
-
-
-@functools.cache
-def _compiled_loop() -> Mixing:
-    import tensorflow as tf
-
-    return tf.function(mix_in_loop, jit_compile=True)
-
-
-def mix_for_training(routing_weights: Tensor, experts: Tensor) -> Tensor:
-    """TensorFlow's product with a faster gradient of the routing weights.
+def matmul_of_experts(routing_weights: Tensor, experts: Tensor) -> Tensor:
+    """TensorFlow's product of (B, n) and (n, P), with a faster gradient of the routing weights.
 
     That is a product of two very wide matrices, (B, P) and (P, n), for which TensorFlow's batched
     operation takes half the time of the one for matrices.
@@ -81,7 +52,7 @@ def mix_for_training(routing_weights: Tensor, experts: Tensor) -> Tensor:
 
         return tf.matmul(routing_weights, experts), gradient
 
-    return run(routing_weights, ops.cast(experts, routing_weights.dtype))
+    return run(routing_weights, experts)
 
 
 def matmul(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:

@@ -77,7 +77,6 @@ class _Conditional(keras.layers.Layer):
         activity_regularizer: Any = None,
         kernel_constraint: Any = None,
         bias_constraint: Any = None,
-        experts_dtype: str | None = None,
         **kwargs: Any,
     ):
         # Without autocast the experts are mixed in their own precision, and only the mixture is
@@ -93,7 +92,6 @@ class _Conditional(keras.layers.Layer):
         self.bias_regularizer = regularizers.get(bias_regularizer)
         self.kernel_constraint = constraints.get(kernel_constraint)
         self.bias_constraint = constraints.get(bias_constraint)
-        self.experts_dtype = experts_dtype and keras.backend.standardize_dtype(experts_dtype)
         self.routing = None
 
     def expert_shape(self, channels: int) -> Shape:
@@ -134,7 +132,6 @@ class _Conditional(keras.layers.Layer):
             initializer=_each_expert(self.kernel_initializer),
             regularizer=self.kernel_regularizer,
             constraint=_constrain_each_expert(self.kernel_constraint),
-            dtype=self.experts_dtype,
             autocast=False,
         )
         self.bias = None
@@ -215,7 +212,6 @@ class _Conditional(keras.layers.Layer):
             "activity_regularizer": regularizers.serialize(self.activity_regularizer),
             "kernel_constraint": constraints.serialize(self.kernel_constraint),
             "bias_constraint": constraints.serialize(self.bias_constraint),
-            "experts_dtype": self.experts_dtype,
         }
 
 
@@ -344,9 +340,7 @@ class CondConv2D(_ConditionalConv):
         groups: 1; grouped convolutions are not offered.
         **kwargs: as in ``Conv2D``: ``data_format``, ``activation``, ``use_bias``; the
             initializers and constraints of kernel and bias, which act on each expert on its own;
-            their regularizers, which act on the sum; ``name``, ``dtype``, ``trainable``. And
-            ``experts_dtype``, of the kernel's variable, where it is another (see
-            ``condconv.store_experts``).
+            their regularizers, which act on the sum; ``name``, ``dtype``, ``trainable``.
 
     Raises:
         ValueError: if an argument is out of range, or routing weights do not fit.

@@ -20,15 +20,13 @@ from keras import ops
 
 from condconv import formulations
 from condconv.device import has_accelerator, in_xla
-from condconv.formulations import MOST_CONVOLUTIONS, Geometry, Mixing, Pair, Tensor
+from condconv.formulations import MOST_CONVOLUTIONS, Geometry, Pair, Tensor
 from condconv.normalization import at_least_float32
 
 # With fewer numbers in an example, starting its own convolution costs more than folding it.
 _SMALLEST_UNFOLDED = 2**15
 # On smaller maps the gradient of a k×k convolution is slower for each example than for patches.
 _SMALLEST_LOOPED_MAP = 14 * 14
-# More streams than this a processor does not read ahead at once.
-_MOST_READ_AT_ONCE = 16
 
 
 def mix(experts: Tensor, routing_weights: Tensor, training: bool = False) -> Tensor:
@@ -37,30 +35,12 @@ def mix(experts: Tensor, routing_weights: Tensor, training: bool = False) -> Ten
     The sum is taken in the experts' own precision and at least in float32, whatever that of the
     activations. ``training``, whether a gradient will be asked for, changes no result.
     """
-    num_experts, *shape = experts.shape
     dtype = at_least_float32(experts.dtype)
-    narrow = keras.backend.standardize_dtype(experts.dtype) in ("float16", "bfloat16")
-    way = _way_to_mix(routing_weights.shape[0], num_experts, narrow, training)
-    mixed = way(ops.cast(routing_weights, dtype), ops.reshape(experts, (num_experts, -1)))
-    return ops.reshape(mixed, (-1, *shape))
-
-
-def _way_to_mix(batch: int | None, num_experts: int, narrow: bool, training: bool) -> Mixing:
-    """Picks how experts are summed; ``narrow`` are those kept in half precision.
-
-    One example reads every expert once. On a CPU a loop of XLA's reads faster than a matrix
-    product, and widens narrow numbers on the way.
-    """
-    graph = keras.backend.backend() == "tensorflow" and not in_xla()
-    if training and graph:
-        return formulations.mix_for_training
-    if training or has_accelerator():
-        return formulations.mix_by_matmul
-    if graph:
-        loop = narrow and batch == 1
-        return formulations.mix_in_compiled_loop if loop else formulations.mix_by_matmul
-    loop = narrow or (batch == 1 and num_experts <= _MOST_READ_AT_ONCE)
-    return formulations.mix_in_loop if loop else formulations.mix_by_matmul
+    flat = ops.cast(ops.reshape(experts, (experts.shape[0], -1)), dtype)
+    own = training and keras.backend.backend() == "tensorflow" and not in_xla()
+    matmul = formulations.matmul_of_experts if own else ops.matmul
+    mixed = matmul(ops.cast(routing_weights, dtype), flat)
+    return ops.reshape(mixed, (-1, *experts.shape[1:]))
 
 
 def dense(x: Tensor, experts: Tensor, routing_weights: Tensor) -> Tensor:

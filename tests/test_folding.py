@@ -219,6 +219,15 @@ def test_precisions_are_kept(policy, tolerance):
     assert [v.dtype for v in folded.variables] == [model.variables[0].dtype] * len(folded.variables)
 
 
+def test_a_folded_model_outlives_what_is_done_to_the_original():
+    model = functional(chain(CondConv2D(5, 3, num_experts=2), BatchNormalization()))
+    folded, x = fold(model), numbers(2, 9, 8, 4)
+    before = outputs(folded, x)[0]
+    model.compile("sgd", "mse")
+    model.fit(x, np.ones_like(before), verbose=0)
+    np.testing.assert_array_equal(outputs(folded, x)[0], before)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND == "jax", reason="the whole run is on JAX already")
 def test_folding_passes_on_jax_without_tensorflow():

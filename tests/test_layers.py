@@ -905,7 +905,6 @@ CONDITIONAL = {
     "activity_regularizer": regularizers.L2(0.3),
     "kernel_constraint": keras.constraints.MaxNorm(2.0, axis=[0, 1]),
     "bias_constraint": keras.constraints.NonNeg(),
-    "experts_dtype": "float16",
     "num_experts": 3,
 }
 WINDOW = {

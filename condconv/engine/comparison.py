@@ -9,7 +9,7 @@ from condconv.engine.benchmark import Contender
 from condconv.engine.errors import UsageError
 
 AGAINST = ("static", "official_loop", "keras_applications", "timm")
-FORMS = ("variables", "folded", "frozen", "folded_frozen", "float16_experts")
+FORMS = ("variables", "folded", "frozen", "folded_frozen")
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 BACKENDS = ("tensorflow", "jax")
 
@@ -52,8 +52,7 @@ class Task:
         precision: one of ``PRECISIONS``, Keras' policies.
         xla: whether XLA compiles the whole step; on JAX it always does.
         form: one of ``FORMS``, of our network and its static twin in inference: as it is trained;
-            with batch norm folded into the kernels; with constants instead of variables; both;
-            with experts kept in float16.
+            with batch norm folded into the kernels; with constants instead of variables; both.
         dynamic_batch: whether the batch is unknown when the step is compiled.
         learning_rate, momentum: of SGD. A small rate keeps all weights in the range in which
             arithmetic is fast.

@@ -81,10 +81,6 @@ def inference_step(model: keras.Model, task: Task) -> Step:
         from condconv import fold_batch_norm
 
         model = fold_batch_norm(model)
-    if task.form == "float16_experts":
-        from condconv import store_experts
-
-        model = store_experts(model, "float16")
     if keras.backend.backend() == "jax":
         return _jax_inference(model, task)
     return _tensorflow_inference(model, task)
