@@ -66,11 +66,10 @@ def keep(model: keras.Model, path: str) -> float:
     """Saves, loads and exports a network; returns by how much the loaded one differs."""
     model.save(f"{path}.keras")
     loaded = keras.saving.load_model(f"{path}.keras")  # `import condconv` is all it takes
-    loaded.export(f"{path}_saved_model", verbose=False)
     images, _ = examples(5)
-    return float(
-        np.max(np.abs(loaded.predict(images, verbose=0) - model.predict(images, verbose=0)))
-    )
+    difference = model.predict(images, verbose=0) - loaded.predict(images, verbose=0)
+    loaded.export(f"{path}_saved_model", verbose=False)
+    return float(np.max(np.abs(difference)))
 
 
 def main() -> None:
