@@ -31,7 +31,7 @@ pre { margin: 0; padding: 0.6rem; font: 13px/1.4 ui-monospace, monospace; }
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
 figure { margin: 0; } svg { display: block; width: 100%; height: auto; }
 figcaption { text-align: right; font-size: 0.85rem; } a { color: inherit; }
-.problems { border-left: 4px solid #D55E00; padding: 0.3rem 0 0.3rem 1.6rem; margin: 0; }
+.problems { border-left: 4px solid #D55E00; padding: 0.3rem 0 0.3rem 1.6rem; margin: 0 0 1rem; }
 summary { cursor: pointer; }
 @media print {
   :root { color-scheme: light; --paper: #fff; --ink: #000; --head: #eee; }

@@ -157,10 +157,11 @@ def _numbers(name: str, estimate: Any) -> Mapping[str, float]:
 
 def _explanation(study: Study) -> str:
     views = VIEWS[study.dataset]
-    image = f"image, its {views} views counted once" if views > 1 else "image"
+    views_are = f", the {views} views of one counted once" if views > 1 else ""
     return (
         "Points of top-1 above the baseline, seed by seed, with the p-value of a paired t-test. By "
-        f"image: between these very runs, {image}, which tells of other images, not of other seeds."
+        f"image: between these very runs, image by image{views_are}; that tells of other images, "
+        "not of other seeds."
     )
 
 
