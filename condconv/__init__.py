@@ -63,11 +63,15 @@ class _AfterKeras(importlib.abc.MetaPathFinder):
         if fullname != "keras":
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)  # who asks need not load it; another will
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def load_and_register(module: types.ModuleType) -> None:
+                sys.meta_path.remove(self)
                 load(module)
                 _register_layers()
 

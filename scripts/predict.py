@@ -4,8 +4,6 @@ python scripts/predict.py --workdir=runs/efficientnet photo.jpg folder
 python scripts/predict.py --source=exported/model.onnx --png=predictions.png photo.jpg
 """
 
-import sys
-
 from absl import flags
 
 from condconv.engine import command
@@ -52,6 +50,8 @@ def _of_run() -> object:
 
 
 def _of_file() -> object:
+    import sys
+
     from condconv.engine import network_file
     from condconv.engine.experiment import blaming_the_config
     from condconv.engine.prediction import Classifier

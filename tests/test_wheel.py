@@ -68,6 +68,20 @@ def link(name: str, site: pathlib.Path) -> None:
             (site / top).symlink_to(distribution.locate_file(top))
 
 
+def test_layers_are_registered_when_keras_is_loaded_not_when_it_is_looked_for(tmp_path):
+    (tmp_path / "keras.py").write_text("print('loaded')")
+    code = f"""
+import importlib.util, sys
+sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]
+import condconv
+condconv._register_layers = lambda: print('registered')
+print(importlib.util.find_spec('keras').name)
+import keras, keras
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["keras", "loaded", "registered"], done.stderr
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_one_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
