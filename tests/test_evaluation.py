@@ -87,6 +87,7 @@ def test_the_index_finds_the_example_whatever_the_batch():
 
 def test_a_file_scores_what_its_network_does(tmp_path):
     model = network(3)
+    model.compile("adam", "mse")  # as after somebody's `fit`
     model.save(tmp_path / "model.keras")
     expected = evaluation.Evaluator(model, stripes(), 8, tf.distribute.get_strategy())("test")
     found = network_file.open_file(str(tmp_path / "model.keras"))

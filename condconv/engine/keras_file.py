@@ -94,6 +94,7 @@ def _numbers_in(weights: bytes) -> int:
 
 def _numbers_of(config: dict[str, Any]) -> int:
     """Returns how many numbers the variables of a network have, without making room for any."""
+    untrained = {key: value for key, value in config.items() if key != "compile_config"}
     with keras.StatelessScope(initialize_variables=False):
-        model = keras.saving.deserialize_keras_object(config, safe_mode=True)
+        model = keras.saving.deserialize_keras_object(untrained, safe_mode=True)
         return sum(math.prod(variable.shape) for variable in model.variables)
