@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import tensorflow as tf
 
 from data.digits import digits
+from data.hard_digits import hard_digits
 from data.source import Example, Source, Split, indexed
 from data.synthetic import photograph, synthetic
 
-_ALWAYS_THERE = (digits, synthetic)  # so that nothing has to stand in for them
+_ALWAYS_THERE = (digits, hard_digits, synthetic)  # so that nothing has to stand in for them
 _DISTINCT = 8  # photographs that are made; the examples repeat them
 _HEIGHT, _WIDTH = 375, 500
 
