@@ -4,6 +4,7 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
+from data.class_names import imagenet_class_names
 from data.preprocess import Preprocessing, crops, whole
 
 _KINDS = {"crops": crops, "whole": whole}
@@ -35,3 +36,25 @@ def _literal(name: str, text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError) as error:
         raise ValueError(f"{name} = {text} is no plain value") from error
+
+
+def as_of_imagenet(image_size: int, num_classes: int) -> dict[str, Any]:
+    """Returns how a network is evaluated that tells ImageNet's 1,000 classes apart.
+
+    Of one with another number of them nobody knows, and there is nothing in the result; else
+    ``evaluate``, a function of images, ``preprocessing``, the lines of a config that say the same,
+    and ``class_names``.
+    """
+    if num_classes != 1000:
+        return {}
+    lines = [
+        "pipeline.preprocessing = @crops",
+        f"crops.image_size = {image_size}",
+        f"crops.eval_padding = {round(image_size / 7)}",  # 32 at 224: a share of 0.875
+        "crops.resize_method = 'legacy_bicubic'",
+    ]
+    return {
+        "evaluate": recorded(lines, image_size).evaluate,
+        "preprocessing": lines,
+        "class_names": imagenet_class_names(),
+    }

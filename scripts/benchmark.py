@@ -8,7 +8,7 @@ import json
 from absl import flags
 
 from condconv.engine import command
-from condconv.engine.comparison import AGAINST, BACKENDS, FORMS, PRECISIONS, Comparison
+from condconv.engine.benchmarks.comparison import AGAINST, BACKENDS, FORMS, PRECISIONS, Comparison
 
 _MODE = flags.DEFINE_enum("mode", "input", ["infer", "train", "input"], "What to measure.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "1, 16, 128 by default.", lower_bound=1)
@@ -37,17 +37,14 @@ _NETWORK = (
 
 def main(_: list[str]) -> None:
     """Prints tables and what they mean."""
-    import functools
-    import sys
+    from condconv.engine import tables
+    from condconv.engine.benchmarks import input_benchmark, network_benchmark
 
-    from condconv.engine import input_benchmark, network_benchmark, tables
-
-    told = functools.partial(print, file=sys.stderr, flush=True)
     if _MODE.value == "input":
         config = (_GIN_FILE.value, _GIN_PARAM.value, _BATCH_SIZE.value or 128)
-        result = input_benchmark.measure(*config, _ROUNDS.value or 7, _RATE.value, told)
+        result = input_benchmark.measure(*config, _ROUNDS.value or 7, _RATE.value, command.tell)
     else:
-        result = network_benchmark.measure(_comparison(), _ROUNDS.value or 15, told)
+        result = network_benchmark.measure(_comparison(), _ROUNDS.value or 15, command.tell)
     if _JSON.value:
         print(json.dumps(result, indent=2))
         return

@@ -13,8 +13,9 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON: a list of objects.")
 
 def main(workdirs: list[str]) -> None:
     """Prints the table and, if asked, the path of the plot."""
-    from condconv.engine import files, report, tables
+    from condconv.engine import files, tables
     from condconv.engine.errors import UsageError
+    from condconv.engine.reports import report
 
     if not workdirs:
         raise UsageError("needs the folder of a run at least; see --help")

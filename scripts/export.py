@@ -27,8 +27,9 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 def main(_: list[str]) -> None:
     """Writes the folder, and prints a row for each file in it that was checked."""
-    from condconv.engine import export, export_calibration, export_source, tables
+    from condconv.engine import tables
     from condconv.engine.errors import UsageError
+    from condconv.engine.exports import export, export_calibration, export_source
 
     if (_WORKDIR.value is None) == (_SOURCE.value is None):
         raise UsageError("needs one of --workdir=FOLDER and --source=FILE.keras; see --help")
@@ -45,30 +46,13 @@ def main(_: list[str]) -> None:
 
 
 def _source(experiment: object) -> object:
-    from condconv.engine import export_source, files
+    from condconv.engine import files
+    from condconv.engine.exports import export_source
+    from data.recorded import as_of_imagenet
 
     if _SOURCE.value:
-        return export_source.of_file(_SOURCE.value, _as_of_imagenet)
+        return export_source.of_file(_SOURCE.value, as_of_imagenet)
     return export_source.of_run(experiment, files.path(_WORKDIR.value), _CHECKPOINT.value)
-
-
-def _as_of_imagenet(size: int, num_classes: int) -> dict[str, object]:
-    """Returns how a network of 1,000 classes is evaluated; of others nobody knows."""
-    from data.class_names import imagenet_class_names
-    from data.preprocess import crops
-
-    if num_classes != 1000:
-        return {}
-    return {
-        "evaluate": crops(size).evaluate,
-        "preprocessing": [
-            "pipeline.preprocessing = @crops",
-            f"crops.image_size = {size}",
-            f"crops.eval_padding = {round(size / 7)}",  # 32 at 224: a share of 0.875
-            "crops.resize_method = 'legacy_bicubic'",
-        ],
-        "class_names": imagenet_class_names(),
-    }
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def main(images: list[str]) -> int:
 
 
 def _of_run() -> object:
-    from condconv.engine import config, export_source, files
+    from condconv.engine import config, files
+    from condconv.engine.exports import export_source
     from condconv.engine.prediction import Classifier
 
     workdir = files.path(_WORKDIR.value)

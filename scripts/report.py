@@ -17,8 +17,9 @@ def main(workdirs: list[str]) -> None:
     """Writes the page, prints its path, and names on stderr what was left out."""
     import sys
 
-    from condconv.engine import files, report
+    from condconv.engine import files
     from condconv.engine.errors import UsageError
+    from condconv.engine.reports import report
 
     if not workdirs or (len(workdirs) > 1 and not _OUTPUT.value):
         raise UsageError("needs one folder, or several and --output=FILE; see --help")

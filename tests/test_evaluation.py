@@ -12,7 +12,7 @@ from test_training import experiment, network, stripes
 from condconv.engine import checkpoints, config, evaluation, network_file
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.evaluation import Predictions
-from condconv.engine.export_runtimes import Opened
+from condconv.engine.exports.export_runtimes import Opened
 from condconv.engine.network_file import NetworkFile
 from data.pipeline import Pipeline
 from data.preprocess import whole

@@ -13,15 +13,15 @@ import tensorflow as tf
 
 import condconv
 from condconv import fold_batch_norm
-from condconv.engine import (
-    config,
+from condconv.engine import config
+from condconv.engine.errors import RunError, UsageError
+from condconv.engine.exports import (
     export,
     export_calibration,
     export_formats,
     export_runtimes,
     export_source,
 )
-from condconv.engine.errors import RunError, UsageError
 from condconv.normalization import BatchNormalization
 from models import create_model
 

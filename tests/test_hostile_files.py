@@ -16,8 +16,9 @@ import keras
 import numpy as np
 import pytest
 
-from condconv.engine import export_runtimes, export_source, network_file
+from condconv.engine import network_file
 from condconv.engine.errors import RunError
+from condconv.engine.exports import export_runtimes, export_source
 
 ROOT = pathlib.Path(__file__).parents[1]
 MARK = "harm-was-done"

@@ -15,9 +15,10 @@ from etils import epath
 from PIL import Image
 
 import condconv
-from condconv.engine import export, export_formats, pictures
+from condconv.engine import pictures
 from condconv.engine.errors import RunError, UsageError
-from condconv.engine.export_source import Source
+from condconv.engine.exports import export, export_formats
+from condconv.engine.exports.export_source import Source
 from condconv.engine.prediction import Classifier, Prediction, find_images, predict
 from data import folder
 from data.pipeline import Pipeline

@@ -5,8 +5,9 @@ import json
 import pytest
 from etils import epath
 
-from condconv.engine import files, records, report, tables
+from condconv.engine import files, tables
 from condconv.engine.errors import RunError, UsageError
+from condconv.engine.reports import records, report
 
 RESULT = {
     "parameters": 10,

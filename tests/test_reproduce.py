@@ -17,8 +17,8 @@ import time
 import pytest
 from etils import epath
 
-from condconv.engine import study, study_table, sweep
 from condconv.engine.errors import UsageError
+from condconv.engine.studies import study, study_table, sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 TABLE = """

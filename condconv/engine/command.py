@@ -49,6 +49,11 @@ def run(main: Callable[[list[str]], int | None], arguments: str = "", backend: b
         sys.exit(_fail(error, 1))
 
 
+def tell(line: str) -> None:
+    """Prints a line of progress to stderr, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def _fail(error: Exception, code: int) -> int:
     message = " ".join(str(error).split())  # one line, whatever a name or a library put into it
     print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)

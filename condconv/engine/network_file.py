@@ -13,7 +13,7 @@ import keras
 from condconv.cost import count_cost
 from condconv.engine import files
 from condconv.engine.errors import RunError, UsageError
-from condconv.engine.export_runtimes import Images, Logits, Opened, open_network
+from condconv.engine.exports.export_runtimes import Images, Logits, Opened, open_network
 
 _SUFFIXES = (".keras", ".onnx", ".tflite")
 _MOST_TEXT = 2**24  # bytes of JSON

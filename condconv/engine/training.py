@@ -15,10 +15,11 @@ from typing import Any
 import tensorflow as tf
 from etils import epath
 
-from condconv.engine import checkpoints, config, devices, files, report, telemetry
+from condconv.engine import checkpoints, config, devices, files, telemetry
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.evaluation import Evaluator, Predictions
 from condconv.engine.experiment import Experiment, failing_in_one_line
+from condconv.engine.reports import report
 from condconv.engine.run import Run, build
 from condconv.engine.step import Stepper, Steps, train_batches
 

@@ -8,7 +8,7 @@ import keras
 from condconv.cost import count_cost
 from condconv.engine import config
 from condconv.engine.experiment import build_data, build_model
-from condconv.engine.study_table import Published, Row, Table
+from condconv.engine.studies.study_table import Published, Row, Table
 
 
 def cost_lines(table: Table) -> Iterator[dict[str, Any]]:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from condconv.engine import figures, files
-from condconv.engine.charts import STYLE, Chart, draw, escape, link
-from condconv.engine.records import Record, alike
+from condconv.engine import files
+from condconv.engine.reports import figures
+from condconv.engine.reports.charts import STYLE, Chart, draw, escape, link
+from condconv.engine.reports.records import Record, alike
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #222; --line: #8886; --head: #eee; }

@@ -13,9 +13,9 @@ import keras
 import numpy as np
 
 from condconv import CondConv2D, CondDense, DepthwiseCondConv2D, count_cost
-from condconv.engine.comparison import Task
+from condconv.engine.benchmarks.comparison import Task
+from condconv.engine.benchmarks.worker import Made, steps
 from condconv.engine.errors import UsageError
-from condconv.engine.worker import Made, steps
 from condconv.stochastic import Dropout, StochasticDepth
 
 Tensor = Any

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from condconv.engine.benchmark import Contender
+from condconv.engine.benchmarks.benchmark import Contender
 from condconv.engine.errors import UsageError
 
 AGAINST = ("static", "official_loop", "keras_applications", "timm")
@@ -34,7 +34,7 @@ _MAKE_TIMM = (
     "python3 -m venv timm && timm/bin/pip install torch torchvision timm, then "
     "--timm_python=timm/bin/python"
 )
-_KERAS = "condconv.engine.contenders"
+_KERAS = "condconv.engine.benchmarks.contenders"
 TIMM_LAYOUTS = {"timm": False, "timm, channels_last": True}
 MEMORY = "memory bandwidth"
 
@@ -177,7 +177,7 @@ class Comparison(Task):
         return self._network(self.create, arguments, form, replaced)
 
     def _loops(self) -> dict[str, Contender]:
-        module = "condconv.engine.official_loop"
+        module = "condconv.engine.benchmarks.official_loop"
         replacements = {
             "official loop": f"{module}:in_keras_layers",
             "official loop, our batch norm": f"{module}:in_our_layers",
@@ -214,7 +214,7 @@ class Comparison(Task):
         arguments["threads"] = self.threads
         return {
             name: Contender(
-                "condconv.engine.timm_contender:network",
+                "condconv.engine.benchmarks.timm_contender:network",
                 arguments | {"channels_last": channels_last},
                 self.threads,
                 self.timm_python,

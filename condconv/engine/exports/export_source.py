@@ -12,7 +12,7 @@ from etils import epath
 from condconv.engine import checkpoints, config, files, keras_file
 from condconv.engine.errors import UsageError
 from condconv.engine.experiment import Experiment, build_data, build_model
-from condconv.engine.export_formats import in_float32
+from condconv.engine.exports.export_formats import in_float32
 
 _WEIGHTS = {"ema": "averaged", "raw": "raw"}  # for people
 

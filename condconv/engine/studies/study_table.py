@@ -11,7 +11,7 @@ from typing import Any
 from condconv.engine import files
 from condconv.engine.errors import UsageError
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 TABLES = ("imagenet", "released", "frontier", "experts", "routing", "placement")
 DATASETS = ("digits", "imagenet2012")
 

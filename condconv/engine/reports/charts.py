@@ -11,7 +11,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 
-from condconv.engine.records import Points
+from condconv.engine.reports.records import Points
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _HEIGHT = 400, 50, 382, 46, 200
 _BOTTOM = _TOP + _HEIGHT

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from condconv.engine.benchmark import Measured, alternate, interval
-from condconv.engine.comparison import MEMORY, TIMM_LAYOUTS, Comparison
-from condconv.engine.roofline import roofline, traffic
+from condconv.engine.benchmarks.benchmark import Measured, alternate, interval
+from condconv.engine.benchmarks.comparison import MEMORY, TIMM_LAYOUTS, Comparison
+from condconv.engine.benchmarks.roofline import roofline, traffic
 
 
 def measure(comparison: Comparison, rounds: int, told: Callable[[str], None]) -> dict[str, Any]:

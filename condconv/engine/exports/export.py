@@ -17,10 +17,11 @@ import numpy as np
 import tensorflow as tf
 
 from condconv import fold_batch_norm
-from condconv.engine import export_card, export_formats, export_runtimes, files
+from condconv.engine import files
 from condconv.engine.errors import RunError, UsageError
-from condconv.engine.export_calibration import Calibration
-from condconv.engine.export_source import Source
+from condconv.engine.exports import export_card, export_formats, export_runtimes
+from condconv.engine.exports.export_calibration import Calibration
+from condconv.engine.exports.export_source import Source
 
 FORMATS = ("keras", "saved_model", "onnx", "litert")
 PRECISIONS = ("float32", "float16", "int8")

@@ -9,9 +9,9 @@ from typing import Any
 from etils import epath
 
 from condconv.engine import tables
-from condconv.engine.statistics import Difference, Estimate
-from condconv.engine.study import VIEWS, Line, read_results, read_study, summary
-from condconv.engine.study_table import Table
+from condconv.engine.studies.statistics import Difference, Estimate
+from condconv.engine.studies.study import VIEWS, Line, read_results, read_study, summary
+from condconv.engine.studies.study_table import Table
 
 _NONE = "–"
 

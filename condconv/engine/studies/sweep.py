@@ -21,9 +21,10 @@ from typing import Any
 from etils import epath
 
 from condconv.engine import files
+from condconv.engine.command import tell
 from condconv.engine.errors import RunError, UsageError
-from condconv.engine.study import Study, read_result, read_study, write_result
-from condconv.engine.study_table import ROOT, Row
+from condconv.engine.studies.study import Study, read_result, read_study, write_result
+from condconv.engine.studies.study_table import ROOT, Row
 
 _POLL_SECONDS = 0.1
 
@@ -135,7 +136,7 @@ class _Sweep:
     def go(self) -> int:
         """Runs all tasks; returns the exit code."""
         if self._skipped:
-            _tell(f"{self._skipped} of {self._total} are done already")
+            tell(f"{self._skipped} of {self._total} are done already")
         try:
             while (self._waiting or self._running) and not self._caught:
                 self._start_some()
@@ -144,10 +145,10 @@ class _Sweep:
         finally:
             self._stop()
         if self._caught:
-            _tell(f"stopped with {self._done()} of {self._total} done; the same command goes on")
+            tell(f"stopped with {self._done()} of {self._total} done; the same command goes on")
             return 128 + self._caught[0]
         for task, reason in self._failed.items():
-            _tell(f"failed: {task}: {reason}")
+            tell(f"failed: {task}: {reason}")
         return 1 if self._failed else 0
 
     def _is_done(self, task: _Task) -> bool:
@@ -157,7 +158,7 @@ class _Sweep:
         try:
             read_result(self._study, path)
         except UsageError as error:
-            _tell(f"{task}: its result {error}; running it again")
+            tell(f"{task}: its result {error}; running it again")
             return False
         return True
 
@@ -173,7 +174,7 @@ class _Sweep:
                 lock = _lock(task.folder)
             except BlockingIOError:
                 if task not in self._elsewhere:
-                    _tell(f"{task}: another process is at it; waiting for that one")
+                    tell(f"{task}: another process is at it; waiting for that one")
                 self._elsewhere.add(task)
                 continue
             self._waiting.remove(task)
@@ -186,7 +187,7 @@ class _Sweep:
         slot = min({*range(self._jobs)} - {running.slot for running in self._running})
         running = _Running(task, slot, lock, self._commands(task), time.monotonic())
         self._running.append(running)
-        _tell(f"{task}: begins")
+        tell(f"{task}: begins")
         self._next_command(running)
 
     def _commands(self, task: _Task) -> collections.deque[list[str]]:
@@ -232,10 +233,10 @@ class _Sweep:
             result = read_result(self._study, task.folder / "result.json")
         except (RunError, UsageError) as error:
             self._failed[task] = str(error)
-            _tell(f"{task}: failed: {error}")
+            tell(f"{task}: failed: {error}")
         else:
             self._seconds.append(seconds)
-            _tell(
+            tell(
                 f"{task}: top-1 {result.metrics['top1']:.4f} after {_time(seconds)}; "
                 f"{self._done()} of {self._total} done, {self._remaining()}"
             )
@@ -311,7 +312,3 @@ def _time(seconds: float) -> str:
     if minutes >= 120:
         return f"{seconds / 3600:.1f} h"
     return f"{minutes} min" if seconds >= 120 else f"{seconds:.0f} s"
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 
-from condconv.engine.worker import Made, steps
+from condconv.engine.benchmarks.worker import Made, steps
 
 _SEED = 0
 _DTYPES = {"mixed_bfloat16": torch.bfloat16, "mixed_float16": torch.float16}
@@ -20,7 +20,7 @@ def network(name: str, task: Mapping[str, Any], threads: int, channels_last: boo
 
     Args:
         name: timm's.
-        task: the fields of ``condconv.engine.comparison.Task``.
+        task: the fields of ``condconv.engine.benchmarks.comparison.Task``.
         threads: that PyTorch may use.
         channels_last: whether images and weights are laid out so.
     """

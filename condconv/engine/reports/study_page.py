@@ -7,11 +7,11 @@ from typing import Any
 
 from etils import epath
 
-from condconv.engine import figures, page, records
-from condconv.engine.charts import Chart, Look, Series, escape
-from condconv.engine.page import Column
-from condconv.engine.records import Record
-from condconv.engine.study import (
+from condconv.engine.reports import figures, page, records
+from condconv.engine.reports.charts import Chart, Look, Series, escape
+from condconv.engine.reports.page import Column
+from condconv.engine.reports.records import Record
+from condconv.engine.studies.study import (
     VIEWS,
     Line,
     Rejected,
@@ -21,7 +21,7 @@ from condconv.engine.study import (
     read_study,
     summary,
 )
-from condconv.engine.study_table import Published, Table
+from condconv.engine.studies.study_table import Published, Table
 
 _ROW = Column("row", "row")
 

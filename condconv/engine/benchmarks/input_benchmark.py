@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from condconv.engine import config
-from condconv.engine.benchmark import Contender, alternate, ratio
+from condconv.engine.benchmarks.benchmark import Contender, alternate, ratio
 from condconv.engine.errors import UsageError
 from condconv.engine.experiment import build_data
 
-_HERE = "condconv.engine.input_benchmark:of_config"
+_HERE = "condconv.engine.benchmarks.input_benchmark:of_config"
 
 
 def of_config(

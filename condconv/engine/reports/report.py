@@ -13,9 +13,11 @@ import keras
 from etils import epath
 
 from condconv.cost import count_cost
-from condconv.engine import files, page, records, study, study_page
-from condconv.engine.charts import COLOURS
+from condconv.engine import files
 from condconv.engine.errors import UsageError
+from condconv.engine.reports import page, records, study_page
+from condconv.engine.reports.charts import COLOURS
+from condconv.engine.studies import study
 
 _STYLES = {"train": ":", "minival": "-", "val": "-"}
 _MOST_NAMES = 4  # in a page's title

@@ -24,7 +24,7 @@ import condconv
 from condconv.engine.errors import RunError, UsageError
 
 _ROOT = str(pathlib.Path(condconv.__file__).parents[1])
-_CODE = "from condconv.engine.worker import serve; serve({})"
+_CODE = "from condconv.engine.benchmarks.worker import serve; serve({})"
 
 # As ``command.keep_freed_memory`` has it, so that it holds from the start and for any interpreter.
 _MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20)}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from condconv.cost import count_cost
-from condconv.engine.export_source import Source
+from condconv.engine.exports.export_source import Source
 
 _INPUTS = "float32 (N, {}), pixels 0–255, RGB; the network normalises them itself"
 

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from condconv.engine.charts import Chart, Look, Series
-from condconv.engine.records import Points, Record, alike, points
+from condconv.engine.reports.charts import Chart, Look, Series
+from condconv.engine.reports.records import Points, Record, alike, points
 
 # Prefix in metrics.jsonl, and what people call it. The last is one point, from eval.json.
 _SPLITS = (

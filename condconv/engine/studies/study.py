@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from condconv.engine import files, statistics
+from condconv.engine import files
 from condconv.engine.errors import UsageError
-from condconv.engine.study_table import DATASETS, ROOT, Row, Table, parse_table
+from condconv.engine.studies import statistics
+from condconv.engine.studies.study_table import DATASETS, ROOT, Row, Table, parse_table
 
 FORMAT = 1
 """Of ``result.json`` and ``study.json``; another one is not read."""

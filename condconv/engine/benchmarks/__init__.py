@@ -1,0 +1,1 @@
+"""How fast things are, against what else does the same."""

@@ -1,0 +1,1 @@
+"""Networks written in the formats that people deploy, each file run and compared."""

@@ -1,0 +1,1 @@
+"""What a person looks at: pages and figures of runs and studies."""

@@ -1,0 +1,1 @@
+"""The paper's tables: rows, their runs, results and statistics."""
