@@ -292,3 +292,13 @@ def test_a_config_of_another_folder_finds_what_it_includes(monkeypatch):
     monkeypatch.chdir(ROOT)
     config.load(["configs/digits.gin"])
     config.load(["configs/imagenet/efficientnet_b0.gin"])
+
+
+def test_included_files_are_those_beside_the_config(tmp_path):
+    for folder, seed in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "shared.gin").write_text(f"Experiment.seed = {seed}\n")
+        (tmp_path / folder / f"{folder}.gin").write_text("include 'shared.gin'\n")
+    for folder, seed in (("a", 1), ("b", 2), ("a", 1)):
+        config.parse([str(DIGITS), str(tmp_path / folder / f"{folder}.gin")])
+        assert gin.query_parameter("Experiment.seed") == seed

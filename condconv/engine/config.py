@@ -92,6 +92,7 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> None:
     paths = [_find(file) for file in gin_files]
     with _without_gin_noise():
         for path in paths:
+            _search_beside(path)
             _parse(lambda path=path: gin.parse_config_file(str(path)), str(path))
         for binding in bindings:
             _parse(lambda binding=binding: gin.parse_config(binding), f"--gin_param={binding}")
@@ -181,13 +182,20 @@ def _find(file: str) -> epath.Path:
     if not files.is_file(path):
         siblings = [p.name for p in path.parent.glob("*.gin")] if path.parent.exists() else []
         raise UsageError(f"there is no config file {file!r}{_did_you_mean(path.name, siblings)}")
+    return path
+
+
+def _search_beside(path: epath.Path) -> None:
+    """Has gin look for included files beside this one, then in ``configs/``.
+
+    gin only ever adds a place to its list, at the end: a file of the same name in the folder of
+    an earlier config would be taken.
+    """
     # In full: gin takes a relative one for a Python package, and stumbles over one without files.
-    gin.add_config_file_search_path(str(path.parent.resolve()))
-    gin.add_config_file_search_path(str(_CONFIGS))
+    gin.config._LOCATION_PREFIXES[:] = ["", str(path.parent.resolve()), str(_CONFIGS)]
     gin.config.register_file_reader(
         lambda name: epath.Path(name).open(), lambda name: epath.Path(name).is_file()
     )
-    return path
 
 
 @contextlib.contextmanager

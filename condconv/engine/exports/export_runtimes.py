@@ -23,7 +23,7 @@ Images = np.ndarray
 Logits = np.ndarray
 """(N, classes) float32."""
 
-_MAIN = "import sys; from condconv.engine import export_runtimes as r; r.{}(*sys.argv[1:])"
+_MAIN = "import sys; from condconv.engine.exports import export_runtimes as r; r.{}(*sys.argv[1:])"
 _ANY_SIZE = 64  # height and width of the images that a network of no fixed size is tried with
 
 
