@@ -17,6 +17,7 @@ The model is traced once while every layer is watched, so nested, shared and sub
 counted by what they really do, at the image size asked for.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import inspect
@@ -151,6 +152,24 @@ def count_cost(model: keras.Model, rule: str | None = None, image_size: int | No
         tuple(row for row in rows if any(dataclasses.astuple(row)[1:])),
         tuple(uncounted),
     )
+
+
+def count_unbuilt(build: Callable[[], keras.Model], rule: str | None = None) -> Cost:
+    """Returns what the model that ``build`` makes would cost, without drawing its weights.
+
+    A cost asks for shapes alone, and drawing takes most of the time that a large network takes.
+
+    Raises:
+        ValueError: as ``count_cost`` and ``build`` do.
+    """
+
+    def count() -> Cost:
+        with keras.StatelessScope(initialize_variables=False):
+            return count_cost(build(), rule)
+
+    # Keras keeps, thread by thread, the variables that it has yet to draw; with the thread they go.
+    with concurrent.futures.ThreadPoolExecutor(1) as apart:
+        return apart.submit(count).result()
 
 
 def _carried_rule(model: keras.Model) -> str:

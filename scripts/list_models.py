@@ -12,14 +12,19 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON: a list of objects.")
 
 def main(_: list[str]) -> None:
     """Builds and counts each network; multiply-adds are for one image of 224×224."""
-    from condconv import count_cost
+    import functools
+
+    from condconv.cost import count_unbuilt
     from condconv.engine import tables
     from models import create_model
     from models.paper import PAPER
 
     rows = []
     for published in PAPER:
-        cost = count_cost(create_model(published.model, num_experts=published.num_experts))
+        network = functools.partial(
+            create_model, published.model, num_experts=published.num_experts
+        )
+        cost = count_unbuilt(network)
         rows.append(
             {
                 "name": published.model,

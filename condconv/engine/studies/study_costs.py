@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from condconv.cost import count_cost
+from condconv.cost import count_unbuilt
 from condconv.engine import config
 from condconv.engine.experiment import build_data, build_model
 from condconv.engine.studies.study_table import Published, Row, Table
@@ -32,7 +32,7 @@ def _line(row: Row, counted_as: str) -> dict[str, Any]:
     file, bindings = row.gin("imagenet2012")
     experiment = config.load([file], bindings)
     num_classes = build_data(experiment, stand_in=True).num_classes
-    cost = count_cost(build_model(experiment, num_classes))
+    cost = count_unbuilt(lambda: build_model(experiment, num_classes))
     counts = {name: getattr(cost, name) for name in ("parameters", "multiply_adds", "macs")}
     return {
         "name": row.name,
