@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from absl import app, flags
 
@@ -111,3 +113,21 @@ def quiet_tensorflow() -> Iterator[None]:
         finally:
             os.dup2(screen, 2)
             os.close(screen)
+
+
+@contextlib.contextmanager
+def stopping_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT, so that work can be saved; a second one acts as ever."""
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        for each, before in handlers.items():
+            signal.signal(each, before)
+
+    handlers = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, before in handlers.items():
+            signal.signal(number, before)

@@ -16,14 +16,13 @@ import tensorflow as tf
 from etils import epath
 
 from condconv.engine import checkpoints, config, devices, files, telemetry
+from condconv.engine.command import stopping_signals
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.evaluation import Evaluator, Predictions
 from condconv.engine.experiment import Experiment, failing_in_one_line
 from condconv.engine.reports import report
 from condconv.engine.run import Run, build
 from condconv.engine.step import Stepper, Steps, train_batches
-
-_ON_REQUEST = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +84,7 @@ def train(experiment: Experiment, workdir: epath.Path, tpu: str | None = None) -
     told = telemetry.Silence()
     if chief:
         told = telemetry.Telemetry(workdir, total, experiment.batch_size, place.step)
-    with told, _signals() as caught, _together(strategy), _writing(workdir):
+    with told, stopping_signals() as caught, _together(strategy), _writing(workdir):
         stopped = _Loop(run, kept, told, caught, chief).go(place)
     if stopped:
         print(f"stopped and saved; the same command goes on from {workdir}", file=sys.stderr)
@@ -128,24 +127,6 @@ def _restore(run: Run, kept: checkpoints.Checkpoints, chief: bool) -> _Place:
     run.restore(last)
     best = kept.best()
     return _Place(best=best[1] if best else None).after(last)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT, so that the loop can save; a second one acts as ever."""
-    caught: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        caught.append(number)
-        for each, before in handlers.items():
-            signal.signal(each, before)
-
-    handlers = {n: signal.signal(n, note) for n in _ON_REQUEST}
-    try:
-        yield caught
-    finally:
-        for number, before in handlers.items():
-            signal.signal(number, before)
 
 
 @contextlib.contextmanager

@@ -15,13 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
 
 from condconv.engine import files
-from condconv.engine.command import tell
+from condconv.engine.command import stopping_signals, tell
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.studies.study import Study, read_result, read_study, write_result
 from condconv.engine.studies.study_table import ROOT, Row
@@ -80,7 +80,7 @@ def run(study: Study, folder: epath.Path, seeds: Iterable[int], jobs: int = 1) -
     for task in tasks:
         study.digest(task.row, task.seed)  # raises, before anything runs, if a gin file is missing
     study.write(folder)
-    with _signals() as caught:
+    with stopping_signals() as caught:
         return _Sweep(study, tasks, jobs, caught).go()
 
 
@@ -93,24 +93,6 @@ def _check_same_study(study: Study, folder: epath.Path) -> None:
             f"{folder} holds runs with --gin_param {list(there)}, not {list(study.gin_params)}: "
             "repeat these, or name another workdir"
         )
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT, so that children can be stopped; a second one acts as ever."""
-    caught: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        caught.append(number)
-        for each, before in handlers.items():
-            signal.signal(each, before)
-
-    handlers = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, before in handlers.items():
-            signal.signal(number, before)
 
 
 class _Sweep:
