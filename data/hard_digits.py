@@ -56,8 +56,7 @@ def hard_view(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     one half of the images inverted.
 
     Turned through the whole circle, a 6 can look like a 9. They are a fifth of all digits, so this
-    could cost up to a tenth, but in most scans their tails differ: of the views of "minival" a
-    ResNet-50, 1/8 as wide, reads 92.5 %, and 93.0 % of those that show another digit.
+    could cost up to a tenth of the accuracy, but in most scans their tails differ.
 
     Args:
         image: (32, 32, 3) uint8, a digit light on black.

@@ -132,10 +132,18 @@ def test_a_file_tells_its_cost_and_labels_or_nothing():
     assert (untold.cost(6), untold.labels) == (dict.fromkeys(cost), [])
 
 
-@pytest.mark.parametrize("name", ["none.onnx", "text.txt", "gs://bucket/model.onnx", "."])
-def test_what_is_no_network_is_a_wrong_call(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("none.onnx", "there is no such file or folder$"),
+        ("text.txt", r"is no \.keras, \.onnx, \.tflite file"),
+        ("gs://bucket/model.onnx", "is not local"),
+        (".", r"is no \.keras, \.onnx, \.tflite file, nor the folder of a SavedModel"),
+    ],
+)
+def test_what_is_no_network_is_a_wrong_call(name, reason, tmp_path):
     (tmp_path / "text.txt").write_text("")
-    with pytest.raises(UsageError, match=r"is not local|is no \.keras, \.onnx, \.tflite file"):
+    with pytest.raises(UsageError, match=reason):
         network_file.open_file(name if "://" in name else str(tmp_path / name))
 
 

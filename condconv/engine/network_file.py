@@ -111,6 +111,8 @@ def _check_path(name: str) -> None:
     path = files.path(name)
     if "://" in name:
         raise UsageError(f"--source={name} is not local: copy it to this machine")
+    if not path.exists():
+        raise UsageError(f"--source={name}: there is no such file or folder")
     known = path.suffix in _SUFFIXES and files.is_file(path)
     if not known and not files.is_file(path / "saved_model.pb"):
         raise UsageError(
