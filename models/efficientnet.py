@@ -12,7 +12,7 @@ import keras
 
 from condconv.activation import swish
 from models.blocks import Stage, Style, inverted_bottleneck
-from models.network import Network, Normalization, round_filters, scale
+from models.network import Network, Normalization, classifier_uniform, round_filters, scale
 from models.routing import Knobs
 
 _MBConv = functools.partial(Stage, block=inverted_bottleneck, se_ratio=0.25)
@@ -85,7 +85,7 @@ def efficientnet_b0(
         ),
         stem_filters=round_filters(32, width),
         head_filters=round_filters(1280, width),
-        classifier_initializer=keras.initializers.VarianceScaling(1 / 3, "fan_out", "uniform"),
+        classifier_initializer=classifier_uniform(),
         num_classes=num_classes,
         num_experts=num_experts,
         first_condconv_block=first_condconv_block,

@@ -6,7 +6,7 @@ import functools
 import keras
 
 from models.blocks import Stage, Style, inverted_bottleneck
-from models.network import Network, Normalization, round_filters
+from models.network import Network, Normalization, classifier_uniform, round_filters
 from models.routing import Knobs
 
 _MBConv = functools.partial(Stage, block=inverted_bottleneck)
@@ -66,7 +66,7 @@ def mnasnet_a1(
         ),
         stem_filters=round_filters(32, width),
         head_filters=1280,
-        classifier_initializer=keras.initializers.VarianceScaling(1 / 3, "fan_out", "uniform"),
+        classifier_initializer=classifier_uniform(),
         num_classes=num_classes,
         num_experts=num_experts,
         first_condconv_block=first_condconv_block,
