@@ -266,3 +266,13 @@ def test_only_registered_layers_are_used():
         for layer in tiny(name, 2).layers:
             assert type(layer).__module__.split(".")[0] in ("keras", "condconv")
     assert keras.saving.get_registered_name(Logits) == "condconv>Logits"
+
+
+@pytest.mark.parametrize("name", ["mnasnet_a1", "efficientnet_b0"])
+@pytest.mark.parametrize("num_classes", [10, 1000])
+def test_the_classifier_starts_alike_with_any_number_of_classes(name, num_classes):
+    """Within ±1/√1000, the authors' range on ImageNet; theirs for 10 classes is ±1/√10."""
+    model = create_model(name, **TINY | {"num_classes": num_classes})
+    kernel = model.get_layer("classifier").kernel.numpy()
+    assert np.abs(kernel).max() <= 1000**-0.5
+    np.testing.assert_allclose(kernel.std(), 3000**-0.5, rtol=0.1)
