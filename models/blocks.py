@@ -119,7 +119,7 @@ class Convs:
             "strides": strides,
             "padding": padding,
             "use_bias": False,
-            "kernel_initializer": self.style.kernel_initializer,
+            "kernel_initializer": self.kernel_initializer(),
         }
         x = self._apply(x, part, keras.layers.Conv2D, CondConv2D, arguments)
         return self._normalize(x, part, linear, gamma)
@@ -136,7 +136,7 @@ class Convs:
         initializer = (
             "depthwise_initializer" if self._routing_weights is None else "kernel_initializer"
         )
-        arguments[initializer] = self.style.kernel_initializer
+        arguments[initializer] = self.kernel_initializer()
         x = self._apply(x, part, DepthwiseConv2D, DepthwiseCondConv2D, arguments)
         return self._normalize(x, part, linear=False, gamma="ones")
 
@@ -145,6 +145,15 @@ class Convs:
         dtype = at_least_float32()
         arguments = {"units": units, "kernel_initializer": kernel_initializer, "dtype": dtype}
         return self._apply(x, part, keras.layers.Dense, CondDense, arguments)
+
+    def kernel_initializer(self) -> Any:
+        """One for each layer: Keras' repeat themselves, so layers of one shape would start alike.
+
+        One with a seed that was asked for keeps it.
+        """
+        return keras.initializers.deserialize(
+            keras.initializers.serialize(keras.initializers.get(self.style.kernel_initializer))
+        )
 
     def _apply(
         self,
@@ -224,7 +233,6 @@ def bottleneck(x: Tensor, stage: Stage, convs: Convs, survival: float) -> Tensor
 
 def _squeeze_excite(x: Tensor, reduced: int, convs: Convs) -> Tensor:
     """Scales each channel by a gate computed from all of them (arXiv:1709.01507)."""
-    initializer = convs.style.kernel_initializer
     name = f"{convs.name}_se"
     gate = keras.layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_pool")(x)
     for part, filters, activation in (
@@ -235,7 +243,7 @@ def _squeeze_excite(x: Tensor, reduced: int, convs: Convs) -> Tensor:
             filters,
             1,
             activation=activation,
-            kernel_initializer=initializer,
+            kernel_initializer=convs.kernel_initializer(),
             name=f"{name}_{part}",
         )(gate)
     return keras.layers.Multiply(name=f"{name}_scale")([x, gate])

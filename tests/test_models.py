@@ -268,6 +268,16 @@ def test_only_registered_layers_are_used():
     assert keras.saving.get_registered_name(Logits) == "condconv>Logits"
 
 
+@pytest.mark.parametrize("num_experts", [0, 2])
+@pytest.mark.parametrize("name", list_models())
+def test_no_two_layers_start_alike(name, num_experts):
+    """Blocks that repeat have layers of one shape, which one initializer would fill alike."""
+    weights = tiny(name, num_experts).trainable_variables
+    kernels = [w.numpy() for w in weights if "kernel" in w.path.split("/")[-1]]
+    experts = [e for k in kernels for e in (k if k.ndim == 5 else [k])]
+    assert len({expert.tobytes() for expert in experts}) == len(experts) > 20
+
+
 @pytest.mark.parametrize("name", ["mnasnet_a1", "efficientnet_b0"])
 @pytest.mark.parametrize("num_classes", [10, 1000])
 def test_the_classifier_starts_alike_with_any_number_of_classes(name, num_classes):
