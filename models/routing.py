@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -35,12 +35,15 @@ class Routers:
             shared).
         hierarchical: whether a router also sees the routing weights of the router before it, next
             to the pooled input, as they are without any dropping of experts (60.3 %).
+        kernel_initializer: of the routers, any of Keras' by name; "zeros" mixes the experts alike
+            in the first step. The paper does not say; the authors' code leaves Keras' default.
     """
 
     activation: str = "sigmoid"
     hidden: float = 0.0
     shared_by: int | str = 1
     hierarchical: bool = False
+    kernel_initializer: str = "glorot_uniform"
 
     @classmethod
     def of(cls, knobs: Knobs) -> "Routers":
@@ -56,8 +59,10 @@ class Routers:
         return cls(**knobs)
 
     def __post_init__(self):
+        activates = _is_known(keras.activations.get, self.activation)
         checks = (
-            ("activation", _is_activation(self.activation), "one of Keras', such as 'softmax'"),
+            ("activation", activates, "one of Keras', such as 'softmax'"),
+            ("kernel_initializer", self._starts(), "the name of one of Keras', such as 'zeros'"),
             ("hidden", self._widens(), "a multiple of the channels, or 0"),
             ("shared_by", self._shares(), "a positive integer or 'all'"),
             ("hierarchical", isinstance(self.hierarchical, bool), "True or False"),
@@ -70,6 +75,15 @@ class Routers:
                 "routing: hierarchical takes several routers, and shared_by='all' leaves one: "
                 "leave one of the two out"
             )
+        if self.hidden and self.kernel_initializer == "zeros":
+            raise ValueError(
+                "routing: a hidden layer whose kernels are all zeros never learns: "
+                "leave hidden or kernel_initializer out"
+            )
+
+    def _starts(self) -> bool:
+        name = self.kernel_initializer
+        return isinstance(name, str) and _is_known(keras.initializers.get, name)
 
     def _widens(self) -> bool:
         return type(self.hidden) in (int, float) and 0 <= self.hidden < math.inf
@@ -78,9 +92,9 @@ class Routers:
         return self.shared_by == "all" or (type(self.shared_by) is int and self.shared_by >= 1)
 
 
-def _is_activation(name: Any) -> bool:
+def _is_known(get: Callable[[Any], Any], name: Any) -> bool:
     try:
-        return callable(keras.activations.get(name))
+        return callable(get(name))
     except (ValueError, TypeError):
         return False
 
@@ -115,6 +129,7 @@ class Router:
         routing = Routing(
             self._num_experts,
             activation=self._routers.activation,
+            kernel_initializer=self._routers.kernel_initializer,
             hidden_units=max(1, int(hidden * x.shape[-1])) if hidden else 0,
             name=f"{name}_routing",
         )

@@ -302,7 +302,10 @@ def test_an_exported_network_says_the_same(form, knobs, tmp_path):
     ("knobs", "message"),
     [
         ("softmax", "takes a dict of activation, .*, not 'softmax'"),
-        ({"hiden": 1}, "a dict of activation, hidden, shared_by, hierarchical, not 'hiden'"),
+        (
+            {"hiden": 1},
+            "dict of activation, hidden, shared_by, hierarchical, kernel_initializer, not 'hiden'",
+        ),
         ({"activation": "sigmund"}, "activation takes one of Keras'.*not 'sigmund'"),
         ({"hidden": -1}, "hidden takes a multiple of the channels, or 0, not -1"),
         ({"hidden": "big"}, "hidden takes a multiple of the channels, or 0, not 'big'"),
@@ -310,12 +313,33 @@ def test_an_exported_network_says_the_same(form, knobs, tmp_path):
         ({"shared_by": "each"}, "shared_by takes a positive integer or 'all', not 'each'"),
         ({"hierarchical": 1}, "hierarchical takes True or False, not 1"),
         ({"shared_by": "all", "hierarchical": True}, "hierarchical takes several routers"),
+        ({"kernel_initializer": "zeroes"}, "kernel_initializer takes the name .*not 'zeroes'"),
+        ({"kernel_initializer": 0}, "kernel_initializer takes the name .*not 0"),
+        ({"kernel_initializer": "zeros", "hidden": 1}, "a hidden layer .* never learns"),
     ],
 )
 def test_bad_knobs_of_every_network_are_named(name, knobs, message):
     with pytest.raises(ValueError, match=f"^routing.*{message}") as error:
         create_model(name, num_experts=2, routing=knobs)
     assert "\n" not in str(error.value)
+
+
+def test_routers_of_zeros_mix_all_experts_alike_and_learn():
+    model = create_model(
+        "mobilenet_v1",
+        num_experts=EXPERTS,
+        num_classes=3,
+        image_size=32,
+        width=0.1,
+        routing={"kernel_initializer": "zeros"},
+    )
+    outputs = [layer.output for layer in routings(model)]
+    images = np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)).astype("float32")
+    for weights in keras.Model(model.input, outputs)(images):
+        np.testing.assert_array_equal(numpy(weights), np.full((4, EXPERTS), 0.5))
+    model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(True))
+    model.train_on_batch(images, np.array([0, 1, 2, 0]))
+    assert all(np.any(numpy(layer.kernel)) for layer in routings(model))
 
 
 def test_knobs_leave_a_static_network_as_it_is():
