@@ -17,7 +17,15 @@ from test_training import (
     train_to_the_first_checkpoint,
 )
 
-from condconv.engine import checkpoints, config, dry_run, optimization, run, step, training
+from condconv.engine import (
+    checkpoints,
+    config,
+    dry_run,
+    optimization,
+    run,
+    step,
+    training,
+)
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.telemetry import Watch, read_metrics
 from data.pipeline import Pipeline

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from condconv import CondConv2D
-from condconv.engine import optimization
+from condconv import CondConv2D, Routing
+from condconv.engine import optimization, schedules
 from condconv.engine.errors import UsageError
-from condconv.engine.optimization import Clock
+from condconv.engine.schedules import Clock
 from condconv.normalization import BatchNormalization
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -47,6 +47,40 @@ def test_sixty_steps_are_those_of_tensorflow_1(key, factory):
     close(np.stack(steps), golden[key])
 
 
+@pytest.mark.parametrize("factory", [optimization.rmsprop, optimization.momentum])
+def test_routers_learn_at_their_rate_and_all_else_at_the_whole(factory):
+    x = keras.Input((4, 4, 2))
+    own = CondConv2D(3, 1, num_experts=2)(x)
+    shared = CondConv2D(3, 1, num_experts=2)(own, Routing(2)(own))
+    named = CondConv2D(3, 1, num_experts=2)(shared, Routing(2, name="block_routing")(shared))
+    model = keras.Model(x, named)
+    before = [v.numpy() for v in model.trainable_variables]
+
+    def moved(routing_rate: float) -> list[np.ndarray]:
+        for variable, value in zip(model.trainable_variables, before, strict=True):
+            variable.assign(value)
+        optimizer = factory(0.5, routing_rate=routing_rate)
+        optimizer.build(model.trainable_variables)
+        for _ in range(2):
+            gradients = [tf.ones(v.shape) for v in model.trainable_variables]
+            optimizer.apply(gradients, model.trainable_variables)
+        return [v.numpy() - w for v, w in zip(model.trainable_variables, before, strict=True)]
+
+    routers = {
+        id(v)
+        for layer in model._flatten_layers()
+        if isinstance(layer, Routing)
+        for v in layer.weights
+    }
+    assert len(routers) == 6
+    for variable, whole, half in zip(
+        model.trainable_variables, moved(1.0), moved(0.5), strict=True
+    ):
+        share = 0.5 if id(variable) in routers else 1.0
+        np.testing.assert_allclose(half, share * whole, atol=1e-5)
+        assert np.all(whole)
+
+
 def test_the_moving_average_is_that_of_tensorflow_1():
     golden = np.load(GOLDEN / "opt.npz")
     values = golden["ema_values"]
@@ -69,11 +103,11 @@ TOTAL = 218_949
 @pytest.mark.parametrize(
     ("key", "batch_size", "factory"),
     [
-        ("exp_bs2048", 2048, optimization.exponential),
-        ("exp_bs128", 128, optimization.exponential),
-        ("cosine", 2048, lambda clock: optimization.cosine(clock, base_learning_rate=0.016)),
-        ("constant", 2048, lambda clock: optimization.constant(clock, base_learning_rate=0.016)),
-        ("poly", 2048, lambda clock: optimization.polynomial(clock, base_learning_rate=0.25)),
+        ("exp_bs2048", 2048, schedules.exponential),
+        ("exp_bs128", 128, schedules.exponential),
+        ("cosine", 2048, lambda clock: schedules.cosine(clock, base_learning_rate=0.016)),
+        ("constant", 2048, lambda clock: schedules.constant(clock, base_learning_rate=0.016)),
+        ("poly", 2048, lambda clock: schedules.polynomial(clock, base_learning_rate=0.25)),
     ],
 )
 def test_learning_rates_are_the_official_ones(key, batch_size, factory):
@@ -122,10 +156,11 @@ CLOCK = Clock(batch_size=256, num_examples=2560, total_steps=100)
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: optimization.cosine(CLOCK, -0.1), "cosine.base_learning_rate takes"),
-        (lambda: optimization.exponential(CLOCK, every="0 epochs"), "exponential.every takes"),
-        (lambda: optimization.exponential(CLOCK, factor=1.5), "exponential.factor takes"),
+        (lambda: schedules.cosine(CLOCK, -0.1), "cosine.base_learning_rate takes"),
+        (lambda: schedules.exponential(CLOCK, every="0 epochs"), "exponential.every takes"),
+        (lambda: schedules.exponential(CLOCK, factor=1.5), "exponential.factor takes"),
         (lambda: optimization.momentum(0.1, momentum=1.0), "momentum.momentum takes"),
+        (lambda: optimization.momentum(0.1, routing_rate=-1), "momentum.routing_rate takes"),
         (lambda: optimization.rmsprop(0.1, decay=-0.1), "rmsprop.decay takes"),
         (lambda: optimization.rmsprop(0.1, epsilon=0.0), "rmsprop.epsilon takes"),
     ],
@@ -140,4 +175,4 @@ def test_numbers_out_of_range_are_refused(make, says):
 )
 def test_what_is_no_duration_is_refused(duration):
     with pytest.raises(UsageError, match="such as '5 epochs'"):
-        optimization.check_duration(duration, "Experiment.duration")
+        schedules.check_duration(duration, "Experiment.duration")

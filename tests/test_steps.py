@@ -12,7 +12,7 @@ import tensorflow as tf
 from local_workers import tf_configs
 
 from condconv import ops
-from condconv.engine import config, optimization, run, step
+from condconv.engine import config, optimization, run, schedules, step
 from condconv.engine.experiment import Experiment
 from models import create_model
 from models.released import assign, tf1_names
@@ -57,7 +57,7 @@ def mini(images: np.ndarray, labels: np.ndarray, num_experts: int = 0) -> Experi
         ),
         data=lambda: Given(images, labels),
         optimizer=optimization.rmsprop,
-        schedule=lambda clock: optimization.exponential(clock, 0.128 * 256 / 6, "4 steps"),
+        schedule=lambda clock: schedules.exponential(clock, 0.128 * 256 / 6, "4 steps"),
         duration="16 steps",
         batch_size=6,
         label_smoothing=0.1,

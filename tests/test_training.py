@@ -10,7 +10,7 @@ import tensorflow as tf
 from etils import epath
 
 from condconv import CondConv2D, CondDense
-from condconv.engine import checkpoints, config, evaluation, optimization, step, training
+from condconv.engine import checkpoints, config, evaluation, optimization, schedules, step, training
 from condconv.engine.checkpoints import Notes
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.experiment import Experiment
@@ -59,7 +59,7 @@ def experiment(**changes) -> Experiment:
         "model": network,
         "data": stripes,
         "optimizer": optimization.rmsprop,
-        "schedule": lambda clock: optimization.cosine(clock, 0.5, "2 steps"),
+        "schedule": lambda clock: schedules.cosine(clock, 0.5, "2 steps"),
         "duration": "20 steps",
         "batch_size": 8,
         "label_smoothing": 0.1,
@@ -340,7 +340,7 @@ def test_without_a_manifest_there_is_no_checkpoint(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     def exploding(clock):
-        return optimization.cosine(clock, 1e30, "0 steps")
+        return schedules.cosine(clock, 1e30, "0 steps")
 
     with pytest.raises(RunError, match="not finite .step"):
         training.train(experiment(schedule=exploding), epath.Path(tmp_path) / "run")

@@ -25,7 +25,7 @@ from etils import epath
 from condconv.engine import files
 from condconv.engine.errors import UsageError
 from condconv.engine.experiment import Experiment
-from condconv.engine.optimization import check_duration
+from condconv.engine.schedules import check_duration
 
 _ROOT = "condconv.engine.experiment.Experiment"
 _CONFIGS = pathlib.Path(__file__).parents[2] / "configs"

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from condconv.engine import devices
 from condconv.engine.errors import RunError, UsageError
-from condconv.engine.optimization import Clock, Duration, check_duration
+from condconv.engine.schedules import Clock, Duration, check_duration
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16", "float64")
 

@@ -1,11 +1,9 @@
-"""Durations, learning rates, optimizers, loss and moving average of the official recipes.
+"""Optimizers, loss and moving average of the official recipes.
 
 Sources: tensorflow/tpu, models/official/efficientnet (utils.py, main.py). Its optimizers are those
 of TensorFlow 1, whose steps differ from Keras'.
 """
 
-import dataclasses
-import math
 import re
 from typing import Any
 
@@ -13,191 +11,10 @@ import gin
 import keras
 import tensorflow as tf
 
-from condconv.engine.errors import UsageError
+from condconv.engine.schedules import check_range
 
-Duration = str
-
-_UNITS = ("steps", "epochs", "examples", "percent")
-_DURATION = re.compile(rf"([0-9.]+(?:e[0-9]+)?) ({'|'.join(_UNITS)})")
-
-
-def check_duration(duration: Duration, name: str) -> tuple[float, str]:
-    """Returns amount and unit of a duration such as "2.4 epochs".
-
-    Raises:
-        UsageError: if it is not one; ``name`` says whose it was.
-    """
-    match = _DURATION.fullmatch(duration)
-    try:
-        amount, unit = float(match[1]), match[2]
-    except (TypeError, ValueError):
-        amount, unit = math.inf, ""
-    if not math.isfinite(amount):
-        raise UsageError(
-            f"{name} takes a number and one of {', '.join(_UNITS)}, such as '5 epochs', "
-            f"not {duration!r}"
-        )
-    return amount, unit
-
-
-@dataclasses.dataclass(frozen=True)
-class Clock:
-    """Turns durations into steps.
-
-    Attributes:
-        batch_size: examples in a step.
-        num_examples: examples in an epoch.
-        total_steps: steps in the run; "percent" are of these.
-    """
-
-    batch_size: int
-    num_examples: int
-    total_steps: int
-
-    def steps(self, duration: Duration, name: str = "duration") -> float:
-        """Returns ``duration`` in steps, with its fraction."""
-        amount, unit = check_duration(duration, name)
-        if unit == "percent" and not self.total_steps:
-            raise UsageError(f"{name} is what percentages are of: give it in another unit")
-        return (
-            amount
-            * {
-                "steps": 1.0,
-                "epochs": self.num_examples / self.batch_size,
-                "examples": 1 / self.batch_size,
-                "percent": self.total_steps / 100,
-            }[unit]
-        )
-
-    def period(self, duration: Duration, name: str) -> int:
-        """Returns ``duration`` in whole steps, one at least."""
-        return max(1, round(self.steps(duration, name)))
-
-
-class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear from zero; then the decay, which has been counting from the first step on."""
-
-    def __init__(self, clock: Clock, base_learning_rate: float, warmup: Duration, name: str):
-        allowed = "a number of at least 0"
-        _check(f"{name}.base_learning_rate", base_learning_rate, base_learning_rate >= 0, allowed)
-        self.peak = base_learning_rate * clock.batch_size / 256
-        self.warmup_steps = int(clock.steps(warmup, f"{name}.warmup"))
-
-    def decayed(self, step: tf.Tensor) -> tf.Tensor:
-        """Returns the share of the peak that is left at ``step``."""
-        raise NotImplementedError
-
-    def __call__(self, step: Any) -> tf.Tensor:
-        step = tf.cast(step, tf.float32)
-        rising = step / max(self.warmup_steps, 1)
-        return self.peak * tf.where(step < self.warmup_steps, rising, self.decayed(step))
-
-
-class _Exponential(_WarmUp):
-    def __init__(self, clock: Clock, every: Duration, factor: float, *arguments: Any):
-        super().__init__(clock, *arguments)
-        self.every, self.factor = clock.steps(every, "exponential.every"), factor
-        _check("exponential.every", every, self.every > 0, "a duration above 0")
-        _check("exponential.factor", factor, 0 < factor <= 1, "a factor above 0 and up to 1")
-
-    def decayed(self, step: tf.Tensor) -> tf.Tensor:
-        return tf.pow(self.factor, tf.floor(step / self.every))
-
-
-class _Cosine(_WarmUp):
-    def __init__(self, clock: Clock, *arguments: Any):
-        super().__init__(clock, *arguments)
-        self.total_steps = clock.total_steps
-
-    def decayed(self, step: tf.Tensor) -> tf.Tensor:
-        return 0.5 * (1 + tf.cos(step * (math.pi / self.total_steps)))
-
-
-class _Constant(_WarmUp):
-    def decayed(self, step: tf.Tensor) -> tf.Tensor:
-        return tf.ones_like(step)
-
-
-class _Polynomial(_WarmUp):
-    def __init__(self, clock: Clock, end: float, power: float, *arguments: Any):
-        super().__init__(clock, *arguments)
-        self.end, self.power = end / self.peak, power
-        self.decay_steps = clock.total_steps - self.warmup_steps + 1
-
-    def decayed(self, step: tf.Tensor) -> tf.Tensor:
-        done = tf.clip_by_value(step - self.warmup_steps, 1.0, self.decay_steps)
-        return (1 - self.end) * (1 - done / self.decay_steps) ** self.power + self.end
-
-
-def _check(name: str, value: float, fits: bool, allowed: str) -> None:
-    if not fits:
-        raise UsageError(f"{name} takes {allowed}, not {value!r}")
-
-
-@gin.register(denylist=["clock"])
-def exponential(
-    clock: Clock,
-    base_learning_rate: float = 0.016,
-    warmup: Duration = "5 epochs",
-    every: Duration = "2.4 epochs",
-    factor: float = 0.97,
-) -> keras.optimizers.schedules.LearningRateSchedule:
-    """Warm-up, then a staircase: the schedule of EfficientNet and MnasNet.
-
-    Args:
-        clock: turns durations into steps.
-        base_learning_rate: for 256 examples in a step; the peak grows with the batch.
-        warmup: duration of the linear rise from zero.
-        every: duration of a stair.
-        factor: of the learning rate from one stair to the next.
-    """
-    return _Exponential(clock, every, factor, base_learning_rate, warmup, "exponential")
-
-
-@gin.register(denylist=["clock"])
-def cosine(
-    clock: Clock, base_learning_rate: float = 0.1, warmup: Duration = "5 epochs"
-) -> keras.optimizers.schedules.LearningRateSchedule:
-    """Warm-up, then half a cosine down to zero at the end of the run.
-
-    Args:
-        clock: turns durations into steps.
-        base_learning_rate: for 256 examples in a step; the peak grows with the batch.
-        warmup: duration of the linear rise from zero.
-    """
-    return _Cosine(clock, base_learning_rate, warmup, "cosine")
-
-
-@gin.register(denylist=["clock"])
-def constant(
-    clock: Clock, base_learning_rate: float = 0.1, warmup: Duration = "5 epochs"
-) -> keras.optimizers.schedules.LearningRateSchedule:
-    """Warm-up, then the same to the end; arguments as those of ``cosine``."""
-    return _Constant(clock, base_learning_rate, warmup, "constant")
-
-
-@gin.register(denylist=["clock"])
-def polynomial(
-    clock: Clock,
-    base_learning_rate: float = 0.1,
-    warmup: Duration = "5 epochs",
-    end_learning_rate: float = 0.1,
-    power: float = 2.0,
-) -> keras.optimizers.schedules.LearningRateSchedule:
-    """Warm-up, then down to a last learning rate: the official schedule for large batches.
-
-    Args:
-        clock: turns durations into steps.
-        base_learning_rate: for 256 examples in a step; the peak grows with the batch.
-        warmup: duration of the linear rise from zero.
-        end_learning_rate: at the end of the run, whatever the batch.
-        power: of the share of the decay that is left.
-    """
-    _check(
-        "polynomial.base_learning_rate", base_learning_rate, base_learning_rate > 0, "more than 0"
-    )
-    arguments = (base_learning_rate, warmup, "polynomial")
-    return _Polynomial(clock, end_learning_rate, power, *arguments)
+# Layers of ``Routing`` as networks here name them, or Keras on its own.
+_ROUTER = re.compile(r"(?:^|[/_])routing(?:_\d+)?/")
 
 
 class _Optimizer(keras.optimizers.Optimizer):
@@ -208,10 +25,13 @@ class _Optimizer(keras.optimizers.Optimizer):
 
     buffers: dict[str, str] = {}  # initializer by name
 
-    def __init__(self, learning_rate: Any, momentum: float, name: str):
-        _check(f"{name}.momentum", momentum, 0 <= momentum < 1, "a share from 0 to below 1")
+    def __init__(self, learning_rate: Any, momentum: float, routing_rate: float, name: str):
+        check_range(f"{name}.momentum", momentum, 0 <= momentum < 1, "a share from 0 to below 1")
+        check_range(
+            f"{name}.routing_rate", routing_rate, routing_rate >= 0, "a factor of at least 0"
+        )
         super().__init__(learning_rate=learning_rate, name=name)
-        self.momentum = momentum
+        self.momentum, self.routing_rate = momentum, routing_rate
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Makes the buffers."""
@@ -229,6 +49,12 @@ class _Optimizer(keras.optimizers.Optimizer):
         """Returns the handle of a variable's buffer, on this replica."""
         return getattr(self, name)[self._get_variable_index(variable)].value.handle
 
+    def rate(self, learning_rate: Any, variable: Any) -> tf.Tensor:
+        """Returns the learning rate of a variable, which of routers is ``routing_rate`` as high."""
+        path = self._trainable_variables[self._get_variable_index(variable)].path
+        factor = self.routing_rate if _ROUTER.search(path) else 1.0
+        return tf.cast(learning_rate * factor, variable.dtype)
+
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
         """Leaves gradients as they are: the training step has summed them over the replicas."""
         return grads_and_vars
@@ -237,15 +63,15 @@ class _Optimizer(keras.optimizers.Optimizer):
 class _Momentum(_Optimizer):
     buffers = {"momentums": "zeros"}
 
-    def __init__(self, learning_rate: Any, momentum: float, nesterov: bool):
-        super().__init__(learning_rate, momentum, "momentum")
+    def __init__(self, learning_rate: Any, momentum: float, nesterov: bool, routing_rate: float):
+        super().__init__(learning_rate, momentum, routing_rate, "momentum")
         self.nesterov = nesterov
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         tf.raw_ops.ResourceApplyMomentum(
             var=variable.handle,
             accum=self.buffer("momentums", variable),
-            lr=tf.cast(learning_rate, variable.dtype),
+            lr=self.rate(learning_rate, variable),
             grad=gradient,
             momentum=self.momentum,
             use_nesterov=self.nesterov,
@@ -255,10 +81,17 @@ class _Momentum(_Optimizer):
 class _RMSProp(_Optimizer):
     buffers = {"mean_squares": "ones", "momentums": "zeros"}
 
-    def __init__(self, learning_rate: Any, momentum: float, decay: float, epsilon: float):
-        super().__init__(learning_rate, momentum, "rmsprop")
-        _check("rmsprop.decay", decay, 0 <= decay < 1, "a share from 0 to below 1")
-        _check("rmsprop.epsilon", epsilon, epsilon > 0, "a number above 0")
+    def __init__(
+        self,
+        learning_rate: Any,
+        decay: float,
+        momentum: float,
+        epsilon: float,
+        routing_rate: float,
+    ):
+        super().__init__(learning_rate, momentum, routing_rate, "rmsprop")
+        check_range("rmsprop.decay", decay, 0 <= decay < 1, "a share from 0 to below 1")
+        check_range("rmsprop.epsilon", epsilon, epsilon > 0, "a number above 0")
         self.decay, self.epsilon = decay, epsilon
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
@@ -266,7 +99,7 @@ class _RMSProp(_Optimizer):
             var=variable.handle,
             ms=self.buffer("mean_squares", variable),
             mom=self.buffer("momentums", variable),
-            lr=tf.cast(learning_rate, variable.dtype),
+            lr=self.rate(learning_rate, variable),
             rho=self.decay,
             momentum=self.momentum,
             epsilon=self.epsilon,
@@ -276,24 +109,31 @@ class _RMSProp(_Optimizer):
 
 @gin.register(denylist=["learning_rate"])
 def momentum(
-    learning_rate: Any, momentum: float = 0.9, nesterov: bool = False
+    learning_rate: Any, momentum: float = 0.9, nesterov: bool = False, routing_rate: float = 1.0
 ) -> keras.optimizers.Optimizer:
     """Gradient descent with momentum: m ← μm + g, w ← w − lr·m (Nesterov: g + μm for m).
 
     Keras' own multiplies the learning rate into the buffer, which differs as soon as it changes.
+    Routers learn at ``routing_rate`` times the learning rate: below 1 where maps are so small that
+    routing sees hardly more than a pixel, and would change faster than the experts learn.
     """
-    return _Momentum(learning_rate, momentum, nesterov)
+    return _Momentum(learning_rate, momentum, nesterov, routing_rate)
 
 
 @gin.register(denylist=["learning_rate"])
 def rmsprop(
-    learning_rate: Any, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1e-3
+    learning_rate: Any,
+    decay: float = 0.9,
+    momentum: float = 0.9,
+    epsilon: float = 1e-3,
+    routing_rate: float = 1.0,
 ) -> keras.optimizers.Optimizer:
     """TensorFlow 1's RMSProp: mean square from one on, epsilon inside the root.
 
     s ← ρs + (1−ρ)g², m ← μm + lr·g/√(s+ε), w ← w − m. Keras' own starts the mean square at zero.
+    ``routing_rate`` is that of ``momentum``.
     """
-    return _RMSProp(learning_rate, momentum, decay, epsilon)
+    return _RMSProp(learning_rate, decay, momentum, epsilon, routing_rate)
 
 
 def apply_summed(

@@ -20,7 +20,8 @@ from condconv.engine.experiment import (
     build_model,
     check_images_fit,
 )
-from condconv.engine.optimization import Clock, LossScale, MovingAverage
+from condconv.engine.optimization import LossScale, MovingAverage
+from condconv.engine.schedules import Clock
 
 
 @dataclasses.dataclass(frozen=True)
