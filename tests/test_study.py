@@ -83,14 +83,13 @@ def test_the_frontier_is_four_widths_by_six_numbers_of_experts():
     assert experts == [[], ["2"], ["4"], ["8"], ["16"], ["32"]]
 
 
-def test_on_digits_the_widths_of_the_frontier_are_those_shares_of_the_proxys():
+def test_on_digits_the_widths_of_the_frontier_are_quarters_of_the_papers():
     def width(text: str) -> float:
         return float(re.search(r"mobilenet_v1\.width = ([\d.]+)", text)[1])
 
     rows = study_table.read_table("frontier").rows
-    proxy = width((study_table.ROOT / rows[0].proxy).read_text())
     for row in rows:
-        assert width(row.digits[0]) == proxy * width(row.imagenet2012[0])
+        assert width(row.digits[0]) == width(row.imagenet2012[0]) / 4
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import keras
 import typeguard
 from etils import epath
 
-from condconv.engine import files
+from condconv.engine import files, optimization  # noqa: F401  registers the optimizers
 from condconv.engine.errors import UsageError
 from condconv.engine.experiment import Experiment
 from condconv.engine.schedules import check_duration
