@@ -108,14 +108,13 @@ class Stepper:
         run, zero = self._run, tf.zeros([], _precise(self._run))
         sums = dict.fromkeys((*_SUMS, "steps", "gradient_norm"), zero)
         waited, bad, stops = tf.zeros([], tf.float64), tf.constant(_GOOD, tf.int64), stop * 0
-        free = tf.timestamp()
         for offset in tf.range(count):
             step = first + offset
-            batch, seconds = self._next(batches, sums["objective"], free)
-            parts = _one(run, batch, step + skipped, stop)
+            batch, seconds = self._next(batches, sums["objective"])
+            with tf.control_dependencies([seconds]):  # a single core could take the time afterwards
+                parts = _one(run, batch, step + skipped, stop)
             if run.average:
                 run.average.update(step + 1)
-            free = _time_updated(run)
             waited += seconds
             stops += parts.pop("stop")
             worst = parts["loss"] + parts["gradient_norm"]
@@ -124,12 +123,8 @@ class Stepper:
             sums = {name: sums[name] + parts[name] for name in sums}
         return {**sums, "seconds_waited": waited}, bad, stops
 
-    def _next(self, batches: Any, after: tf.Tensor, free: tf.Tensor) -> tuple[Any, tf.Tensor]:
-        """Returns a batch, asked for once ``after`` is known, and how long it was waited for.
-
-        It may come while the step before is still under way: only the seconds count that pass
-        from ``free``, the time when that had ended.
-        """
+    def _next(self, batches: Any, after: tf.Tensor) -> tuple[Any, tf.Tensor]:
+        """Returns a batch and the seconds it took to come, once ``after`` was known."""
         with tf.control_dependencies([after]):
             asked = tf.timestamp()
             self.waiting.assign(True)
@@ -137,15 +132,8 @@ class Stepper:
             batch = next(batches)
         with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
             self.waiting.assign(False)
-            seconds = tf.timestamp() - tf.maximum(asked, free)
-        return batch, tf.maximum(seconds, 0.0)
-
-
-def _time_updated(run: Run) -> tf.Tensor:
-    """Returns the time at which the step's update of all variables has been made."""
-    updated = [variable.value.read_value() for variable in run.model.trainable_variables]
-    with tf.control_dependencies(updated):
-        return tf.timestamp()
+            seconds = tf.timestamp() - asked
+        return batch, seconds
 
 
 def _precise(run: Run) -> tf.DType:
