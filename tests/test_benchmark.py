@@ -136,7 +136,7 @@ def test_every_form_of_inference_gives_the_logits(changed):
 def test_a_step_of_training_reports_its_loss_and_changes_all_weights():
     model = tiny()
     squeeze = model.get_layer("block2_se_reduce").bias
-    squeeze.assign([1.0] * len(squeeze))  # or ReLU may let nothing of these two units through
+    squeeze.assign(np.ones(squeeze.shape))  # or ReLU may let nothing of these two units through
     before = [weight.numpy() for weight in model.weights]
     logits = model(contenders.images_of(TASK), training=True).numpy()
     model.set_weights(before)
