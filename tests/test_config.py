@@ -9,14 +9,26 @@ import pytest
 import tensorflow as tf
 from etils import epath
 
+from condconv import Routing
 from condconv.engine import config, training
 from condconv.engine.errors import UsageError
+from condconv.engine.studies import study_table
 from data.digits import digits
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.gin"))
 DIGITS = str(ROOT / "configs" / "digits.gin")
 CONDCONV = str(ROOT / "configs" / "digits_condconv.gin")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", study_table.DATASETS)
+@pytest.mark.parametrize("name", study_table.TABLES)
+def test_every_row_of_every_table_is_a_config_and_a_network(name, dataset):
+    for row in study_table.read_table(name).rows:
+        file, bindings = row.gin(dataset)
+        network = config.load([str(ROOT / file)], list(bindings)).model(num_classes=10)
+        assert any(isinstance(layer, Routing) for layer in network.layers) == bool(row.baseline)
 
 
 def components(experiment):
