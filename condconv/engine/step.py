@@ -111,8 +111,7 @@ class Stepper:
         for offset in tf.range(count):
             step = first + offset
             batch, seconds = self._next(batches, sums["objective"])
-            with tf.control_dependencies([seconds]):  # a single core could take the time afterwards
-                parts = _one(run, batch, step + skipped, stop)
+            parts = _one(run, batch, step + skipped, stop)
             if run.average:
                 run.average.update(step + 1)
             waited += seconds
@@ -133,7 +132,14 @@ class Stepper:
         with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
             self.waiting.assign(False)
             seconds = tf.timestamp() - asked
+        with tf.control_dependencies([seconds]):  # or one core may look at the clock afterwards
+            batch = tf.nest.map_structure(_held, batch, expand_composites=True)
         return batch, seconds
+
+
+def _held(tensor: tf.Tensor) -> tf.Tensor:
+    with tf.device(tensor.device):
+        return tf.identity(tensor)
 
 
 def _precise(run: Run) -> tf.DType:
