@@ -149,11 +149,10 @@ class Convs:
     def kernel_initializer(self) -> Any:
         """One for each layer: Keras' repeat themselves, so layers of one shape would start alike.
 
-        One with a seed that was asked for keeps it.
+        One with a seed that was asked for keeps it; what has none is nobody's to copy.
         """
-        return keras.initializers.deserialize(
-            keras.initializers.serialize(keras.initializers.get(self.style.kernel_initializer))
-        )
+        initializer = keras.initializers.get(self.style.kernel_initializer)
+        return initializer.clone() if hasattr(initializer, "seed") else initializer
 
     def _apply(
         self,

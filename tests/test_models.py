@@ -12,6 +12,7 @@ import timm_names
 import condconv
 from condconv.layers import Logits
 from models import MODELS, create_model, list_models, released
+from models.blocks import Convs, Style
 from models.paper import PAPER
 
 PARAMETERS = {
@@ -276,6 +277,22 @@ def test_no_two_layers_start_alike(name, num_experts):
     kernels = [w.numpy() for w in weights if "kernel" in w.path.split("/")[-1]]
     experts = [e for k in kernels for e in (k if k.ndim == 5 else [k])]
     assert len({expert.tobytes() for expert in experts}) == len(experts) > 20
+
+
+def test_a_style_takes_an_initializer_that_keras_does_not_know():
+    class Threes(keras.initializers.Initializer):
+        def __init__(self, value: float):
+            self.value = value
+
+        def __call__(self, shape, dtype=None):
+            return keras.ops.full(shape, self.value, dtype)
+
+    convs = Convs(Style(kernel_initializer=Threes(3.0)), "block1")
+    x = keras.Input((8, 8, 4))
+    model = keras.Model(x, convs.conv(convs.depthwise(x, "depthwise", 3, 1), "pointwise", 2))
+    kernels = [w for w in model.trainable_variables if w.path.endswith("kernel")]
+    assert len(kernels) == 2
+    assert all(np.all(keras.ops.convert_to_numpy(kernel) == 3) for kernel in kernels)
 
 
 @pytest.mark.parametrize("name", ["mnasnet_a1", "efficientnet_b0"])

@@ -116,6 +116,8 @@ def momentum(
     Keras' own multiplies the learning rate into the buffer, which differs as soon as it changes.
     Routers learn at ``routing_rate`` times the learning rate: below 1 where maps are so small that
     routing sees hardly more than a pixel, and would change faster than the experts learn.
+    Routers are the layers whose names end in "routing", as in all networks here, and Keras' own
+    "routing_1" and so on.
     """
     return _Momentum(learning_rate, momentum, nesterov, routing_rate)
 
