@@ -8,7 +8,7 @@ import json
 
 from absl import flags
 
-from condconv.engine import command
+from scripts import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; its config.gin says the rest.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "'last', 'best', a step or a path.")
@@ -42,7 +42,8 @@ def _of_run() -> dict[str, object]:
 
 
 def _of_file() -> dict[str, object]:
-    from condconv.engine import config, evaluation, network_file
+    from condconv.engine import config, evaluation
+    from condconv.tools import network_file
 
     experiment = config.load(_GIN_FILE.value, _GIN_PARAM.value, **evaluation.WITHOUT_TRAINING)
     return evaluation.evaluate_file(network_file.open_file(_SOURCE.value), experiment)

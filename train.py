@@ -5,7 +5,7 @@ python train.py --gin_file=configs/digits_condconv.gin --workdir=runs/digits_con
 
 from absl import flags
 
-from condconv.engine import command
+from scripts import command
 
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Config to read; later ones win.")
 _GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Binding, such as 'Experiment.seed = 1'.")
@@ -19,8 +19,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs:
 
 def main(_: list[str]) -> int:
     """Trains, or goes on where the workdir left off."""
-    from condconv.engine import config, dry_run, files, tables, training
+    from condconv.engine import config, files
+    from condconv.engine import loop as training
     from condconv.engine.errors import UsageError
+    from condconv.tools import dry_run, tables
 
     if not _GIN_FILE.value or not (_WORKDIR.value or _DRY_RUN.value):
         raise UsageError("needs --gin_file=FILE and --workdir=FOLDER (or --dry_run); see --help")

@@ -16,7 +16,7 @@ Values = Mapping[str, np.ndarray]
 
 
 class Source(Protocol):
-    """What has been read of a checkpoint; see ``condconv.engine.published``."""
+    """What has been read of a checkpoint; see ``condconv.tools.published_weights``."""
 
     values: Values
     averaged: frozenset[str]

@@ -7,8 +7,8 @@ import json
 
 from absl import flags
 
-from condconv.engine import command
-from condconv.engine.benchmarks.comparison import AGAINST, BACKENDS, FORMS, PRECISIONS, Comparison
+from condconv.tools.benchmarks.comparison import AGAINST, BACKENDS, FORMS, PRECISIONS, Comparison
+from scripts import command
 
 _MODE = flags.DEFINE_enum("mode", "input", ["infer", "train", "input"], "What to measure.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "1, 16, 128 by default.", lower_bound=1)
@@ -37,8 +37,8 @@ _NETWORK = (
 
 def main(_: list[str]) -> None:
     """Prints tables and what they mean."""
-    from condconv.engine import tables
-    from condconv.engine.benchmarks import input_benchmark, network_benchmark
+    from condconv.tools import tables
+    from condconv.tools.benchmarks import input_benchmark, network_benchmark
 
     if _MODE.value == "input":
         config = (_GIN_FILE.value, _GIN_PARAM.value, _BATCH_SIZE.value or 128)

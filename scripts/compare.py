@@ -5,7 +5,7 @@ python scripts/compare.py runs/quickstart/static runs/quickstart/condconv --outp
 
 from absl import flags
 
-from condconv.engine import command
+from scripts import command
 
 _OUTPUT = flags.DEFINE_string("output", None, "PNG file to draw the accuracy over steps to.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON: a list of objects.")
@@ -13,9 +13,10 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON: a list of objects.")
 
 def main(workdirs: list[str]) -> None:
     """Prints the table and, if asked, the path of the plot."""
-    from condconv.engine import files, tables
+    from condconv.engine import files
     from condconv.engine.errors import UsageError
-    from condconv.engine.reports import report
+    from condconv.tools import tables
+    from condconv.tools.reports import report
 
     if not workdirs:
         raise UsageError("needs the folder of a run at least; see --help")

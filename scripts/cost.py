@@ -7,7 +7,7 @@ import json
 
 from absl import flags
 
-from condconv.engine import command
+from scripts import command
 
 _MODEL = flags.DEFINE_string("model", None, "Network to build; see scripts/list_models.py.")
 _SOURCE = flags.DEFINE_string("source", None, "Saved .keras file to count instead.")
@@ -27,8 +27,8 @@ def main(_: list[str]) -> None:
     import dataclasses
 
     from condconv import count_cost
-    from condconv.engine import tables
     from condconv.engine.errors import UsageError
+    from condconv.tools import tables
 
     try:
         cost = count_cost(_model(), _RULE.value, _IMAGE_SIZE.value)

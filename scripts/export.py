@@ -6,7 +6,7 @@ python scripts/export.py --workdir=runs/digits_condconv --format=onnx --format=l
 
 from absl import flags
 
-from condconv.engine import command
+from scripts import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "Of it: 'last', 'best', a step or a path.")
@@ -27,9 +27,9 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 def main(_: list[str]) -> None:
     """Writes the folder, and prints a row for each file in it that was checked."""
-    from condconv.engine import tables
     from condconv.engine.errors import UsageError
-    from condconv.engine.exports import export, export_calibration, export_source
+    from condconv.tools import tables
+    from condconv.tools.exports import export, export_calibration, export_source
 
     if (_WORKDIR.value is None) == (_SOURCE.value is None):
         raise UsageError("needs one of --workdir=FOLDER and --source=FILE.keras; see --help")
@@ -47,7 +47,7 @@ def main(_: list[str]) -> None:
 
 def _source(experiment: object) -> object:
     from condconv.engine import files
-    from condconv.engine.exports import export_source
+    from condconv.tools.exports import export_source
     from data.recorded import as_of_imagenet
 
     if _SOURCE.value:

@@ -8,7 +8,7 @@ import json
 
 from absl import flags
 
-from condconv.engine import command
+from scripts import command
 
 _MODEL = flags.DEFINE_string("model", None, "Network it is of; see scripts/list_models.py.")
 _NUM_EXPERTS = flags.DEFINE_integer("num_experts", 0, "Experts a layer; 0 is the static network.")
@@ -32,8 +32,10 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 def main(_: list[str]) -> None:
     """Writes the file, and prints what is in it."""
-    from condconv.engine import files, published, tables
+    from condconv.engine import files
     from condconv.engine.errors import UsageError
+    from condconv.tools import published_weights as published
+    from condconv.tools import tables
     from models.imported import import_network
 
     if not (_MODEL.value and _SOURCE.value and (_OUTPUT.value or "").endswith(".keras")):

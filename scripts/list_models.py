@@ -5,7 +5,7 @@ python scripts/list_models.py
 
 from absl import flags
 
-from condconv.engine import command
+from scripts import command
 
 _JSON = flags.DEFINE_bool("json", False, "Print JSON: a list of objects.")
 
@@ -15,7 +15,7 @@ def main(_: list[str]) -> None:
     import functools
 
     from condconv.cost import count_unbuilt
-    from condconv.engine import tables
+    from condconv.tools import tables
     from models import create_model
     from models.paper import PAPER
 

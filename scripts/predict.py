@@ -6,7 +6,7 @@ python scripts/predict.py --source=exported/model.onnx --png=predictions.png pho
 
 from absl import flags
 
-from condconv.engine import command
+from scripts import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "Of it: 'last', 'best', a step or a path.")
@@ -21,8 +21,9 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 def main(images: list[str]) -> int:
     """Prints a row for each class; returns 1 if an image could not be read."""
-    from condconv.engine import files, pictures, prediction, tables
+    from condconv.engine import files
     from condconv.engine.errors import UsageError
+    from condconv.tools import pictures, prediction, tables
 
     if not images or (_WORKDIR.value is None) == (_SOURCE.value is None):
         raise UsageError("needs IMAGE… and one of --workdir=FOLDER and --source=FILE; see --help")
@@ -40,8 +41,8 @@ def main(images: list[str]) -> int:
 
 def _of_run() -> object:
     from condconv.engine import config, files
-    from condconv.engine.exports import export_source
-    from condconv.engine.prediction import Classifier
+    from condconv.tools.exports import export_source
+    from condconv.tools.prediction import Classifier
 
     workdir = files.path(_WORKDIR.value)
     run = config.load_run(workdir)
@@ -53,9 +54,9 @@ def _of_run() -> object:
 def _of_file() -> object:
     import sys
 
-    from condconv.engine import network_file
     from condconv.engine.experiment import blaming_the_config
-    from condconv.engine.prediction import Classifier
+    from condconv.tools import network_file
+    from condconv.tools.prediction import Classifier
     from data.class_names import imagenet_class_names
     from data.recorded import recorded
 

@@ -8,7 +8,7 @@ Interrupted, it keeps nothing, and the same command starts again.
 
 from absl import flags
 
-from condconv.engine import command
+from scripts import command
 
 _TRAIN_TAR = flags.DEFINE_string("train_tar", None, "Training images, ILSVRC2012_img_train.tar.")
 _VAL_TAR = flags.DEFINE_string("val_tar", None, "Validation images, ILSVRC2012_img_val.tar.")

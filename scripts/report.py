@@ -6,7 +6,7 @@ python scripts/report.py runs/study
 
 from absl import flags
 
-from condconv.engine import command
+from scripts import command
 
 _OUTPUT = flags.DEFINE_string(
     "output", None, "HTML file to write; WORKDIR/report.html by default, where there is one."
@@ -19,7 +19,7 @@ def main(workdirs: list[str]) -> None:
 
     from condconv.engine import files
     from condconv.engine.errors import UsageError
-    from condconv.engine.reports import report
+    from condconv.tools.reports import report
 
     if not workdirs or (len(workdirs) > 1 and not _OUTPUT.value):
         raise UsageError("needs one folder, or several and --output=FILE; see --help")

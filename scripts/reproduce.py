@@ -5,7 +5,7 @@ python scripts/reproduce.py --table=imagenet --dataset=digits --seeds=3 --workdi
 
 from absl import flags
 
-from condconv.engine import command
+from scripts import command
 
 _TABLE = flags.DEFINE_string(
     "table", None, "imagenet, released, frontier, experts, routing, placement, or a file ….toml."
@@ -24,21 +24,21 @@ def main(_: list[str]) -> int:
     """Runs what is missing, then prints the table."""
     from condconv.engine import files
     from condconv.engine.errors import UsageError
-    from condconv.engine.studies import study_table, study_text
+    from condconv.tools.studies import study_table, study_text
 
     if not _TABLE.value:
         raise UsageError("needs --table=NAME; see --help")
     table = study_table.read_table(_TABLE.value)
     if _DATASET.value == "none":
         command.import_backend()
-        from condconv.engine.studies import study_costs
+        from condconv.tools.studies import study_costs
 
         study_text.show_costs(study_costs.cost_lines(table), _JSON.value)
         return 0
     if not _WORKDIR.value:
         raise UsageError(f"--dataset={_DATASET.value} needs --workdir=FOLDER; see --help")
-    from condconv.engine.studies import sweep
-    from condconv.engine.studies.study import Study
+    from condconv.tools.studies import sweep
+    from condconv.tools.studies.study import Study
 
     folder = files.path(_WORKDIR.value) / table.name / _DATASET.value
     study = Study(table, _DATASET.value, tuple(_GIN_PARAM.value))

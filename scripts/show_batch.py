@@ -5,7 +5,7 @@ python scripts/show_batch.py --gin_file=configs/digits.gin --output=batch.png
 
 from absl import flags
 
-from condconv.engine import command
+from scripts import command
 
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Config to read; later ones win.")
 _GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Binding, such as 'Experiment.seed = 1'.")
@@ -16,8 +16,9 @@ _STEP = flags.DEFINE_integer("step", 0, "Step whose batch to draw.", lower_bound
 
 def main(_: list[str]) -> None:
     """Draws the first images of a training batch, before and after augmentation."""
-    from condconv.engine import config, files, pictures
+    from condconv.engine import config, files
     from condconv.engine.errors import UsageError
+    from condconv.tools import pictures
 
     if not _GIN_FILE.value:
         raise UsageError("needs --gin_file=FILE; see --help")

@@ -5,8 +5,8 @@ import pathlib
 import signal
 import time
 
-from condconv.engine.benchmarks.worker import Made, steps
 from condconv.engine.errors import UsageError
+from condconv.tools.benchmarks.worker import Made, steps
 
 
 def good(images=3, log=None, name=""):

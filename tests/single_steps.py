@@ -12,7 +12,9 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import numpy as np
 
-from condconv.engine import checkpoints, config, devices, run, step
+from condconv.engine import checkpoints, config
+from condconv.engine.backends.tensorflow import run, step
+from condconv.engine.backends.tensorflow import strategy as devices
 
 STATES = 20
 BINDINGS = (

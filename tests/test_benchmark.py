@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from condconv.engine.benchmarks import contenders, official_loop
-from condconv.engine.benchmarks.benchmark import Contender, alternate, interval
-from condconv.engine.benchmarks.comparison import Comparison, Task
-from condconv.engine.benchmarks.roofline import roofline, traffic
 from condconv.engine.errors import RunError, UsageError
 from condconv.normalization import BatchNormalization
+from condconv.tools.benchmarks import contenders, official_loop
+from condconv.tools.benchmarks.benchmark import Contender, alternate, interval
+from condconv.tools.benchmarks.comparison import Comparison, Task
+from condconv.tools.benchmarks.roofline import roofline, traffic
 from models.blocks import Stage, inverted_bottleneck, separable
 from models.network import Network
 
@@ -245,7 +245,7 @@ def test_what_fails_names_itself_and_the_reason(contender, kind, said):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_contender_outlives_its_parent(tmp_path, how):
     pid_file = tmp_path / "pid"
-    code = "from condconv.engine.benchmarks.benchmark import Contender, alternate\n"
+    code = "from condconv.tools.benchmarks.benchmark import Contender, alternate\n"
     code += f"alternate({{'a': {fake('hangs', pid_file=str(pid_file))!r}}}, 1)"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     wait_until(lambda: pid_file.exists() and pid_file.read_text())

@@ -10,9 +10,10 @@ import tensorflow as tf
 from etils import epath
 
 from condconv import Routing
-from condconv.engine import config, training
+from condconv.engine import config
+from condconv.engine import loop as training
 from condconv.engine.errors import UsageError
-from condconv.engine.studies import study_table
+from condconv.tools.studies import study_table
 from data.digits import digits
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -6,7 +6,7 @@ import types
 import pytest
 import tensorflow as tf
 
-from condconv.engine import devices
+from condconv.engine.backends.tensorflow import strategy as devices
 from condconv.engine.errors import UsageError
 
 

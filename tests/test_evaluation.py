@@ -9,11 +9,12 @@ import tensorflow as tf
 from etils import epath
 from test_training import experiment, network, stripes
 
-from condconv.engine import checkpoints, config, evaluation, network_file
+from condconv.engine import checkpoints, config, evaluation
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.evaluation import Predictions
-from condconv.engine.exports.export_runtimes import Opened
-from condconv.engine.network_file import NetworkFile
+from condconv.tools import network_file
+from condconv.tools.exports.export_runtimes import Opened
+from condconv.tools.network_file import NetworkFile
 from data.pipeline import Pipeline
 from data.preprocess import whole
 from data.source import Source, indexed

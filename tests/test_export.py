@@ -15,14 +15,14 @@ import condconv
 from condconv import fold_batch_norm
 from condconv.engine import config
 from condconv.engine.errors import RunError, UsageError
-from condconv.engine.exports import (
+from condconv.normalization import BatchNormalization
+from condconv.tools.exports import (
     export,
     export_calibration,
     export_formats,
     export_runtimes,
     export_source,
 )
-from condconv.normalization import BatchNormalization
 from models import create_model
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -17,17 +17,12 @@ from test_training import (
     train_to_the_first_checkpoint,
 )
 
-from condconv.engine import (
-    checkpoints,
-    config,
-    dry_run,
-    optimization,
-    run,
-    step,
-    training,
-)
+from condconv.engine import checkpoints, config, optimization
+from condconv.engine import loop as training
+from condconv.engine.backends.tensorflow import run, step
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.telemetry import Watch, read_metrics
+from condconv.tools import dry_run
 from data.pipeline import Pipeline
 
 SLOW = pytest.mark.slow

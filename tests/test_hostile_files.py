@@ -16,9 +16,9 @@ import keras
 import numpy as np
 import pytest
 
-from condconv.engine import network_file
 from condconv.engine.errors import RunError
-from condconv.engine.exports import export_runtimes, export_source
+from condconv.tools import network_file
+from condconv.tools.exports import export_runtimes, export_source
 
 ROOT = pathlib.Path(__file__).parents[1]
 MARK = "harm-was-done"
@@ -189,7 +189,7 @@ def test_what_crashes_its_runtime_crashes_another_process(tmp_path, monkeypatch)
 
 _OPEN_ALL = """
 import os, pathlib, resource, sys
-from condconv.engine import network_file
+from condconv.tools import network_file
 from condconv.engine.errors import RunError
 import tensorflow as tf
 tf.zeros(1)

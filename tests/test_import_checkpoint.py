@@ -17,8 +17,8 @@ import tensorflow as tf
 import timm_names
 
 import condconv
-from condconv.engine import published
 from condconv.engine.errors import RunError, UsageError
+from condconv.tools import published_weights as published
 from models import released, released_timm
 from models.imported import import_network
 

@@ -23,10 +23,10 @@ from etils import epath
 from condconv import CondConv2D
 from condconv.engine import files
 from condconv.engine.errors import UsageError
-from condconv.engine.reports import charts, figures, records, report, study_page
-from condconv.engine.reports.charts import Chart, Look, Series
-from condconv.engine.studies.study import Study, read_results, summary, write_result
-from condconv.engine.studies.study_table import parse_table
+from condconv.tools.reports import charts, figures, records, report, study_page
+from condconv.tools.reports.charts import Chart, Look, Series
+from condconv.tools.studies.study import Study, read_results, summary, write_result
+from condconv.tools.studies.study_table import parse_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 HOSTILE = "<script>alert('x')</script>&\"é漢\u202e"

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from condconv.engine import config, evaluation, training
+from condconv.engine import config, evaluation
+from condconv.engine import loop as training
 
 SEEDS = range(5)
 T = 2.776  # of Student's distribution with 4 degrees of freedom, at 97.5 %

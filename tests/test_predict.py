@@ -15,11 +15,11 @@ from etils import epath
 from PIL import Image
 
 import condconv
-from condconv.engine import pictures
 from condconv.engine.errors import RunError, UsageError
-from condconv.engine.exports import export, export_formats
-from condconv.engine.exports.export_source import Source
-from condconv.engine.prediction import Classifier, Prediction, find_images, predict
+from condconv.tools import pictures
+from condconv.tools.exports import export, export_formats
+from condconv.tools.exports.export_source import Source
+from condconv.tools.prediction import Classifier, Prediction, find_images, predict
 from data import folder
 from data.pipeline import Pipeline
 from data.preprocess import crops

@@ -24,8 +24,8 @@ from PIL import Image
 from tensorflow_datasets.core.file_adapters import TfRecordFileAdapter
 from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
 
-from condconv.engine import command
 from data import ilsvrc2012, prepare, progress
+from scripts import command
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "prepare_imagenet.py"

@@ -5,9 +5,10 @@ import json
 import pytest
 from etils import epath
 
-from condconv.engine import files, tables
+from condconv.engine import files
 from condconv.engine.errors import RunError, UsageError
-from condconv.engine.reports import records, report
+from condconv.tools import tables
+from condconv.tools.reports import records, report
 
 RESULT = {
     "parameters": 10,

@@ -18,7 +18,7 @@ import pytest
 from etils import epath
 
 from condconv.engine.errors import UsageError
-from condconv.engine.studies import study, study_table, sweep
+from condconv.tools.studies import study, study_table, sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 TABLE = """

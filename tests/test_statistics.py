@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from condconv.engine.studies import statistics
+from condconv.tools.studies import statistics
 
 RANDOM = np.random.default_rng(0)
 

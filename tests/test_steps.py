@@ -12,7 +12,8 @@ import tensorflow as tf
 from local_workers import tf_configs
 
 from condconv import ops
-from condconv.engine import config, optimization, run, schedules, step
+from condconv.engine import config, optimization, schedules
+from condconv.engine.backends.tensorflow import run, step
 from condconv.engine.experiment import Experiment
 from models import create_model
 from models.released import assign, tf1_names
@@ -201,7 +202,8 @@ def test_workers_have_the_same_weights_after_fifty_steps(tmp_path):
 TWO_REPLICAS = """
 import numpy as np
 import tensorflow as tf
-from condconv.engine import config, run, step
+from condconv.engine import config
+from condconv.engine.backends.tensorflow import run, step
 
 bindings = ("mobilenet_v1.dropout = 0.5", "Experiment.devices = 'cpu:2'")
 built = run.build(config.load(["configs/digits_condconv.gin"], bindings))

@@ -10,7 +10,7 @@ from etils import epath
 from scipy import stats
 
 from condconv.engine.errors import UsageError
-from condconv.engine.studies import study, study_table, study_text
+from condconv.tools.studies import study, study_table, study_text
 from data.hard_digits import VIEWS
 
 ROW = '[[rows]]\nname = "a"\nconfig = "c.gin"\nproxy = "p.gin"\n'

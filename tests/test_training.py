@@ -10,7 +10,9 @@ import tensorflow as tf
 from etils import epath
 
 from condconv import CondConv2D, CondDense
-from condconv.engine import checkpoints, config, evaluation, optimization, schedules, step, training
+from condconv.engine import checkpoints, config, evaluation, optimization, schedules
+from condconv.engine import loop as training
+from condconv.engine.backends.tensorflow import step
 from condconv.engine.checkpoints import Notes
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.experiment import Experiment

@@ -11,7 +11,8 @@ import numpy as np
 import tensorflow as tf
 from etils import epath
 
-from condconv.engine import checkpoints, devices, files
+from condconv.engine import checkpoints, files
+from condconv.engine.backends.tensorflow import strategy as devices
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.experiment import (
     Data,
@@ -21,7 +22,7 @@ from condconv.engine.experiment import (
     check_images_fit,
     failing_in_one_line,
 )
-from condconv.engine.network_file import NetworkFile, cost_of
+from condconv.tools.network_file import NetworkFile, cost_of
 
 WITHOUT_TRAINING = {
     "model": None,

@@ -10,7 +10,7 @@ import gin
 import keras
 import tensorflow as tf
 
-from condconv.engine import devices
+from condconv.engine.backends.tensorflow import strategy as devices
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.schedules import Clock, Duration, check_duration
 

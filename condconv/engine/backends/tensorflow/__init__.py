@@ -1,0 +1,1 @@
+"""Runs on TensorFlow, by tf.distribute."""

@@ -1,0 +1,1 @@
+"""Leaves over the engine: what people do with runs and networks, each apart from the others."""

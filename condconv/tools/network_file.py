@@ -1,0 +1,162 @@
+"""Networks in files, as ``scripts/export.py`` writes them, for whoever is given one."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+
+from condconv.cost import count_cost
+from condconv.engine import files
+from condconv.engine.errors import RunError, UsageError
+from condconv.tools.exports.export_runtimes import Images, Logits, Opened, open_network
+
+_SUFFIXES = (".keras", ".onnx", ".tflite")
+_MOST_TEXT = 2**24  # bytes of JSON
+_COST = ("parameters", "multiply_adds", "macs")
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkFile:
+    """A network in a file.
+
+    Attributes:
+        name: path of the file.
+        opened: computes it.
+        metadata: what is written in it or beside it, or nothing; see ``export_card.metadata``.
+    """
+
+    name: str
+    opened: Opened
+    metadata: Mapping[str, Any]
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """Of images, (N, H, W, C); None for a size that may be any."""
+        return self.opened.input_shape
+
+    @property
+    def num_classes(self) -> int:
+        """How many logits it gives."""
+        return int(self.opened.output_shape[-1])
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of all classes, or none."""
+        labels = self.metadata.get("labels")
+        known = isinstance(labels, list) and len(labels) == self.num_classes
+        return [str(label) for label in labels] if known else []
+
+    @property
+    def preprocessing(self) -> list[str]:
+        """The lines of a config that say how images are cut, or none."""
+        lines = self.metadata.get("preprocessing")
+        return [str(line) for line in lines] if isinstance(lines, list) else []
+
+    def __call__(self, images: Images) -> Logits:
+        """Runs it.
+
+        Raises:
+            RunError: if its runtime fails.
+        """
+        with _in_one_line(self.name, "cannot be run"):
+            return self.opened(images)
+
+    def cost(self, image_size: int) -> dict[str, int | None]:
+        """Returns ``parameters``, ``multiply_adds`` and ``macs``, or None where it does not tell.
+
+        Args:
+            image_size: height and width to count for, where the file leaves them open.
+        """
+        if all(isinstance(self.metadata.get(key), int) for key in _COST):
+            return {key: self.metadata[key] for key in _COST}
+        if (model := self.opened.model) is None:
+            return dict.fromkeys(_COST)
+        return cost_of(model, None if self.input_shape[1] else image_size)
+
+
+def cost_of(model: keras.Model, image_size: int | None = None) -> dict[str, int]:
+    """Returns ``parameters``, ``multiply_adds`` and ``macs`` of a network for one image."""
+    cost = count_cost(model, image_size=image_size)
+    return {key: getattr(cost, key) for key in _COST}
+
+
+def open_file(path: str) -> NetworkFile:
+    """Opens a ``.keras``, ``.onnx`` or ``.tflite`` file, or the folder of a SavedModel.
+
+    Nothing in a ``.keras`` file is executed: Keras' safe mode is on.
+
+    Raises:
+        UsageError: if there is no such file, its runtime is not installed, or its network is not
+            one of images to logits.
+        RunError: if it cannot be opened.
+    """
+    _check_path(path)
+    with _in_one_line(path, "cannot be loaded"):
+        opened = open_network(path)
+    shapes = (opened.input_shape, opened.output_shape)
+    if [len(shape) for shape in shapes] != [4, 2] or opened.output_shape[-1] is None:
+        raise UsageError(
+            f"--source={path} maps {shapes[0]} to {shapes[1]}, not images (N, H, W, C) to logits "
+            "(N, classes)"
+        )
+    return NetworkFile(path, opened, _metadata(path, opened))
+
+
+def _check_path(name: str) -> None:
+    path = files.path(name)
+    if "://" in name:
+        raise UsageError(f"--source={name} is not local: copy it to this machine")
+    if not path.exists():
+        raise UsageError(f"--source={name}: there is no such file or folder")
+    known = path.suffix in _SUFFIXES and files.is_file(path)
+    if not known and not files.is_file(path / "saved_model.pb"):
+        raise UsageError(
+            f"--source={name} is no {', '.join(_SUFFIXES)} file, nor the folder of a SavedModel"
+        )
+
+
+@contextlib.contextmanager
+def _in_one_line(path: str, what: str) -> Iterator[None]:
+    """Turns what a runtime raises into one line; each has errors of its own."""
+    try:
+        yield
+    except (UsageError, RunError):
+        raise
+    except ImportError as error:
+        raise UsageError(
+            f"--source={path} needs {error.name}: pip install 'condconv[export]'"
+        ) from error
+    except Exception as error:
+        said = str(error).split("Exception encountered: ")[-1].strip().split("\n")[0]
+        raise RunError(f"--source={path} {what}: {said or repr(error)}") from error
+
+
+def _metadata(name: str, opened: Opened) -> Mapping[str, Any]:
+    """Returns what a file says of itself, or else what ``metadata.json`` beside it says of it."""
+    with _in_one_line(name, "says what cannot be read"):
+        path = pathlib.Path(name)
+        inside = {key: json.loads(text) for key, text in opened.texts.items()}
+        inside = inside or json.loads(_inside(path) or "{}")
+        beside = path.absolute().parent / "metadata.json"
+        found = inside or (json.loads(beside.read_text()) if beside.is_file() else {})
+        described = found.get("sha256", {path.name: ""})  # what is inside knows of no files
+        return found if any(key.split("/")[0] == path.name for key in described) else {}
+
+
+def _inside(path: pathlib.Path) -> bytes | None:
+    """Returns the metadata in the folder of a SavedModel, or behind a LiteRT file."""
+    extra = path / "assets.extra" / "metadata.json"
+    if extra.is_file():
+        return extra.read_bytes()
+    if path.suffix != ".tflite" or not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        sizes = {member.filename: member.file_size for member in archive.infolist()}
+        if sizes.get("metadata.json", 0) > _MOST_TEXT:
+            raise ValueError(f"its metadata.json would take {sizes['metadata.json']:,} bytes")
+        return archive.read("metadata.json") if "metadata.json" in sizes else None

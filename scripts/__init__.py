@@ -1,0 +1,1 @@
+"""The commands; ``command`` is what each begins with."""
