@@ -31,7 +31,7 @@ def main(_: list[str]) -> int:
         facts = dry_run.dry_run(experiment, _DRY_RUN_BATCH.value, _TPU.value)
         tables.show([{"what": name, "is": value} for name, value in facts.items()], False)
         return 0
-    return training.train(experiment, files.path(_WORKDIR.value), _TPU.value)
+    return training.train(experiment, files.path(_WORKDIR.value), _TPU.value).exit_code
 
 
 if __name__ == "__main__":

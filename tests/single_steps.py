@@ -11,10 +11,10 @@ import sys
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import numpy as np
+from tiny_runs import step
 
-from condconv.engine import checkpoints, config
-from condconv.engine.backends.tensorflow import run, step
-from condconv.engine.backends.tensorflow import strategy as devices
+from condconv.engine import config
+from condconv.engine.backends import tensorflow
 
 STATES = 20
 BINDINGS = (
@@ -38,10 +38,10 @@ def main(mode: str, folder: str, device: str, output: str) -> None:
 def fifty_steps(device: str, output: str) -> None:
     """Trains as usual, and keeps what this worker ends with."""
     bindings = ("mobilenet_v1.width = 0.1", f"Experiment.devices = '{device}'")
-    built = run.build(config.load(["configs/digits_condconv.gin"], bindings))
-    batches, stepper = iter(step.train_batches(built, 0)), step.Stepper(built)
+    built = tensorflow.build(config.load(["configs/digits_condconv.gin"], bindings))
+    batches = built.batches(0)
     for number in range(0, 50, 10):
-        stepper(batches, number, 10)
+        built.steps(batches, number, built.schedule(np.arange(number, number + 10)))
     np.savez(pathlib.Path(output) / "last.npz", **built.state())
 
 
@@ -49,8 +49,7 @@ def single_steps(mode: str, folder: str, device: str, output: str) -> None:
     """Takes one step from each state."""
     bindings = (*BINDINGS, f"Experiment.devices = '{device}'")
     experiment = config.load(["configs/digits_condconv.gin"], bindings)
-    built = run.build(experiment)
-    stepper = step.Stepper(built)
+    built = tensorflow.build(experiment)
     for number in range(STATES):
         path = pathlib.Path(folder) / f"{number}.npz"
         if mode == "record":
@@ -58,10 +57,9 @@ def single_steps(mode: str, folder: str, device: str, output: str) -> None:
         else:
             with np.load(path) as stored:
                 state = dict(stored)
-            built.restore(checkpoints.Checkpoint(number, state, checkpoints.Notes()))
-        batches = iter(step.train_batches(built, number))
-        taken = stepper(batches, number, 1)
-        if devices.is_chief(built.strategy):
+            built.restore(state, path.name)
+        taken = step(built, number)
+        if built.devices.is_chief:
             loss = np.float64(taken.sums["loss"])
             np.savez(pathlib.Path(output) / f"{number}.npz", **built.state(), loss=loss)
 

@@ -10,8 +10,8 @@ import tensorflow as tf
 from etils import epath
 
 from condconv import Routing
-from condconv.engine import config
-from condconv.engine import loop as training
+from condconv.engine import backends, config, written
+from condconv.engine.backends import tensorflow
 from condconv.engine.errors import UsageError
 from condconv.tools.studies import study_table
 from data.digits import digits
@@ -33,34 +33,32 @@ def test_every_row_of_every_table_is_a_config_and_a_network(name, dataset):
 
 
 def components(experiment):
-    """What identifies an experiment across two parses: factories are wrapped anew each time."""
-    values = vars(experiment)
-    return {k: getattr(v, "__name__", v) for k, v in values.items()}, gin.config_str()
+    """What identifies an experiment across two parses: factories are made anew each time."""
+    values = {k: getattr(v, "__name__", v) for k, v in vars(experiment).items() if k != "written"}
+    return values, experiment.written.config, experiment.written.operative
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_parses_builds_and_says_how_to_run_it(path):
     text = path.read_text()
     assert f"python train.py --gin_file=configs/{path.name}" in text
-    run = training.build(config.load([str(path)]))
+    run = tensorflow.build(config.load([str(path)]))
     assert run.clock.total_steps > 0
 
 
 def test_a_saved_config_parses_to_the_same_experiment(tmp_path):
     bindings = ["Experiment.seed = 7", "mobilenet_v1.width = 0.5", "SIZE = 48"]
     bindings += ["whole.image_size = %SIZE", "mobilenet_v1.image_size = %SIZE"]
-    before = components(config.load([CONDCONV], bindings))
-    config.save(epath.Path(tmp_path))
+    experiment = config.load([CONDCONV], bindings)
+    written.save(experiment, epath.Path(tmp_path))
     after = components(config.load_run(epath.Path(tmp_path)))
-    assert before == after
+    assert components(experiment) == after
     assert after[0]["seed"] == 7
-    assert config.differences((tmp_path / "config.gin").read_text()) == []
+    assert written.differences(experiment, (tmp_path / "config.gin").read_text()) == []
 
 
 def test_the_operative_config_holds_the_defaults_too(tmp_path):
-    experiment = config.load([DIGITS], ["mobilenet_v1.width = 0.1"])
-    training.build(experiment)
-    config.save_operative(epath.Path(tmp_path))
+    written.save(config.load([DIGITS], ["mobilenet_v1.width = 0.1"]), epath.Path(tmp_path))
     text = (tmp_path / "operative_config.gin").read_text()
     assert "mobilenet_v1.dropout = 0.001" in text
     assert "Experiment.keep_checkpoints = 3" in text
@@ -74,10 +72,9 @@ def test_later_files_and_bindings_win(tmp_path):
 
 
 def test_differences_are_named():
-    config.load([DIGITS])
-    saved = gin.config_str()
-    config.load([CONDCONV], ["Experiment.batch_size = 32"])
-    assert config.differences(saved) == [
+    saved = config.load([DIGITS]).written.config
+    ours = config.load([CONDCONV], ["Experiment.batch_size = 32"])
+    assert written.differences(ours, saved) == [
         "Experiment.batch_size: 64 there, 32 here",
         "mobilenet_v1.num_experts: not bound there, 8 here",
     ]
@@ -141,8 +138,9 @@ def test_a_bad_binding_is_one_line(binding):
 @pytest.mark.parametrize("macro", ["lr/base", "a/b/c", "plain"])
 def test_macros_may_have_namespaces(macro, tmp_path):
     bindings = [f"{macro} = 7", f"Experiment.seed = %{macro}"]
-    assert config.load([DIGITS], bindings).seed == 7
-    config.save(epath.Path(tmp_path))
+    experiment = config.load([DIGITS], bindings)
+    assert experiment.seed == 7
+    written.save(experiment, epath.Path(tmp_path))
     assert config.load_run(epath.Path(tmp_path)).seed == 7
     bindings[0] = f"{macro} = '7'"
     assert "Experiment.seed takes int" in message_of(lambda: config.load([DIGITS], bindings))
@@ -186,12 +184,11 @@ def test_what_an_experiment_needs_is_named(tmp_path):
 
 
 def test_what_the_outcome_does_not_depend_on_may_differ():
-    config.load([DIGITS])
-    saved = gin.config_str()
-    config.load([DIGITS], ["pipeline.max_broken = 5", "Experiment.log_every = '7 steps'"])
-    assert config.differences(saved) == []
-    assert "Experiment.log_every" in config.CHANGEABLE
-    assert config.CHANGEABLE.endswith("pipeline.max_broken and Experiment.duration upwards")
+    saved = config.load([DIGITS]).written.config
+    bindings = ["pipeline.max_broken = 5", "Experiment.log_every = '7 steps'"]
+    assert written.differences(config.load([DIGITS], bindings), saved) == []
+    assert "Experiment.log_every" in written.CHANGEABLE
+    assert written.CHANGEABLE.endswith("pipeline.max_broken and Experiment.duration upwards")
 
 
 @pytest.mark.parametrize(
@@ -199,20 +196,18 @@ def test_what_the_outcome_does_not_depend_on_may_differ():
     [("41 epochs", True), ("4e1 epochs", False), ("39 epochs", False), ("9999 steps", False)],
 )
 def test_a_run_may_get_longer_and_not_shorter(duration, grows, caplog):
-    config.load([DIGITS])
-    saved = gin.config_str()
-    config.load([DIGITS], [f"Experiment.duration = '{duration}'"])
+    saved = config.load([DIGITS]).written.config
+    ours = config.load([DIGITS], [f"Experiment.duration = '{duration}'"])
     differences = [f"Experiment.duration: 40 epochs there, {duration} here"]
-    assert config.differences(saved) == ([] if grows else differences)
+    assert written.differences(ours, saved) == ([] if grows else differences)
     warned = [f"Experiment.duration grows from 40 epochs to {duration}: a schedule that ends "]
     assert [m[: len(warned[0])] for m in caplog.messages] == (warned if grows else [])
 
 
 def test_growth_is_told_with_what_else_differs():
-    config.load([DIGITS])
-    saved = gin.config_str()
-    config.load([DIGITS], ["Experiment.duration = '41 epochs'", "Experiment.seed = 1"])
-    assert config.differences(saved) == [
+    saved = config.load([DIGITS]).written.config
+    ours = config.load([DIGITS], ["Experiment.duration = '41 epochs'", "Experiment.seed = 1"])
+    assert written.differences(ours, saved) == [
         "Experiment.duration: 40 epochs there, 41 epochs here",
         "Experiment.seed: not bound there, 1 here",
     ]
@@ -220,7 +215,7 @@ def test_growth_is_told_with_what_else_differs():
 
 def test_a_source_alone_is_no_data():
     experiment = dataclasses.replace(config.load([DIGITS]), data=digits)
-    message = message_of(lambda: training.build(experiment))
+    message = message_of(lambda: tensorflow.build(experiment))
     assert message.startswith("Experiment.data takes @pipeline, with pipeline.source = @digits")
 
 
@@ -235,8 +230,9 @@ def test_a_folder_is_no_config_file():
 
 
 def test_a_saved_config_that_cannot_be_read_differs():
-    config.load([DIGITS])
-    assert config.differences("foo bar (") == ["its config.gin cannot be read"]
+    assert written.differences(config.load([DIGITS]), "foo bar (") == [
+        "its config.gin cannot be read"
+    ]
 
 
 BAD_BUILDS = {
@@ -257,7 +253,7 @@ BAD_BUILDS = {
 @pytest.mark.parametrize("binding", BAD_BUILDS)
 def test_what_cannot_be_built_is_one_line(binding):
     experiment = config.load([DIGITS], [binding])
-    assert BAD_BUILDS[binding] in message_of(lambda: training.build(experiment))
+    assert BAD_BUILDS[binding] in message_of(lambda: tensorflow.build(experiment))
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
@@ -276,8 +272,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
     ],
 )
 def test_a_config_that_may_not_be_read_is_one_line(error, tmp_path, monkeypatch):
-    config.load([DIGITS])
-    config.save(epath.Path(tmp_path))
+    written.save(config.load([DIGITS]), epath.Path(tmp_path))
 
     def refuse(*_, **__):
         raise error
@@ -294,7 +289,7 @@ def test_a_config_that_may_not_be_read_is_one_line(error, tmp_path, monkeypatch)
 
 def test_another_backend_than_tensorflow_is_refused(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    assert "TensorFlow backend, not on jax" in message_of(lambda: config.load([DIGITS]))
+    assert "TensorFlow backend, not on jax" in message_of(backends.choose)
 
 
 def test_what_is_no_path_is_named():

@@ -6,14 +6,14 @@ import types
 import pytest
 import tensorflow as tf
 
-from condconv.engine.backends.tensorflow import strategy as devices
+from condconv.engine.backends import tensorflow
 from condconv.engine.errors import UsageError
 
 
 @pytest.mark.parametrize("text", ["gpu", "cpu:0", "cpu:two", "cpu", ""])
 def test_devices_that_are_none(text):
     with pytest.raises(UsageError, match="takes 'auto' or 'cpu:N'"):
-        devices.strategy(text)
+        tensorflow.connect(text)
 
 
 @pytest.mark.parametrize(
@@ -29,36 +29,36 @@ def test_devices_that_are_none(text):
 def test_a_tf_config_that_names_no_worker(monkeypatch, text):
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(UsageError, match="TF_CONFIG takes"):
-        devices.strategy("auto")
+        tensorflow.connect("auto")
 
 
 def test_parts_of_a_cpu_are_no_workers(monkeypatch):
     cluster = '{"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 0}}'
     monkeypatch.setenv("TF_CONFIG", cluster)
     with pytest.raises(UsageError, match="is for one process"):
-        devices.strategy("cpu:2")
+        tensorflow.connect("cpu:2")
 
 
 @pytest.mark.parametrize("text", ["", '{"cluster": {"worker": ["a:1"]}}'])
 def test_a_tf_config_of_one_worker_changes_nothing(monkeypatch, text):
     monkeypatch.setenv("TF_CONFIG", text)
-    strategy = devices.strategy("auto")
-    assert strategy.num_replicas_in_sync == devices.workers(strategy) == 1
-    assert devices.is_chief(strategy)
-    assert devices.agreed(strategy, 7, "anything") == 7
+    devices = tensorflow.connect("auto")
+    assert devices.replicas == devices.workers == 1
+    assert devices.is_chief
+    assert devices.agreed(7, "anything") == 7
 
 
 def test_a_tpu_that_is_not_there():
     with pytest.raises(UsageError, match="--tpu=local cannot be used"):
-        devices.strategy("auto", tpu="local")
+        tensorflow.connect("auto", tpu="local")
     with pytest.raises(UsageError, match="takes 'local', an address"):
-        devices.strategy("auto", tpu="")
+        tensorflow.connect("auto", tpu="")
 
 
 def test_a_tpu_by_name_needs_the_client(monkeypatch):
     monkeypatch.setitem(sys.modules, "cloud_tpu_client", None)
     with pytest.raises(UsageError, match="install the extra 'tpu'"):
-        devices.strategy("auto", tpu="mine")
+        tensorflow.connect("auto", tpu="mine")
 
 
 @pytest.mark.parametrize("healthy", [True, False])
@@ -80,9 +80,9 @@ def test_a_tpu_by_name_is_waited_for(monkeypatch, healthy):
     monkeypatch.setattr(resolver, "connect", lambda name: connected.append(name) or "resolver")
     monkeypatch.setattr(tf.distribute, "TPUStrategy", lambda given: ("strategy", given))
     if healthy:
-        assert devices.strategy("auto", tpu="mine") == ("strategy", "resolver")
+        assert tensorflow.connect("auto", tpu="mine").strategy == ("strategy", "resolver")
         assert (waited, connected) == (["mine"], ["mine"])
     else:
         with pytest.raises(UsageError, match="not healthy or not there: Timed out waiting for TPU"):
-            devices.strategy("auto", tpu="mine")
+            tensorflow.connect("auto", tpu="mine")
         assert connected == []

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from etils import epath
-from test_training import experiment, network, stripes
+from tiny_runs import experiment, judged, network, stripes
 
 from condconv.engine import checkpoints, config, evaluation
 from condconv.engine.errors import RunError, UsageError
-from condconv.engine.evaluation import Predictions
+from condconv.engine.tasks.classification import classification
 from condconv.tools import network_file
 from condconv.tools.exports.export_runtimes import Opened
 from condconv.tools.network_file import NetworkFile
@@ -54,8 +54,10 @@ def test_predictions_are_kept_and_the_scores_are_their_means(workdir):
 def test_a_row_for_each_example_that_counts():
     scored = np.array([True, False, True])
     rank, loss = np.array([0, 1, 7]), np.array([0.5, 9.0, 2.5], np.float32)
-    predictions = Predictions(np.eye(3, dtype=bool), np.array([2, 0, -1]), rank, loss, scored)
-    arrays, summary = predictions.arrays(), predictions.summary(10)
+    columns = {"label": np.eye(3, dtype=bool), "answer": np.array([2, 0, -1])}
+    columns |= {"rank": rank, "loss": loss, "scored": scored}
+    task = classification(stripes())
+    arrays, summary = task.predictions(columns), task.summary(columns)
     assert arrays["index"].tolist() == [0, 2]
     assert arrays["label"].tolist() == [[True, False, False], [False, False, True]]
     assert arrays["correct"].mean() == summary["top1"] == 0.5
@@ -67,8 +69,7 @@ def test_several_right_classes_are_kept_as_such():
     right = tf.constant([[True, True, False], [False] * 3, [False, False, True]])
     split = indexed(3, lambda i: {"image": images[i], "label": right[i], "id": "an image"})
     data = Pipeline(Source("several", 3, {"test": split}), whole(6))
-    evaluator = evaluation.Evaluator(network(3), data, 2, tf.distribute.get_strategy())
-    arrays = evaluator("test").arrays()
+    arrays = classification(data).predictions(judged(network(3), data, 2))
     assert arrays["index"].tolist() == [0, 2]
     assert arrays["label"].tolist() == [[True, True, False], [False, False, True]]
     hits = arrays["label"][range(2), arrays["predicted"]]
@@ -77,10 +78,8 @@ def test_several_right_classes_are_kept_as_such():
 
 @pytest.mark.slow
 def test_the_index_finds_the_example_whatever_the_batch():
-    strategy, model = tf.distribute.get_strategy(), network(3)
-    one, five = (
-        evaluation.Evaluator(model, stripes(), size, strategy)("test").arrays() for size in (1, 5)
-    )
+    model, task = network(3), classification(stripes())
+    one, five = (task.predictions(judged(model, stripes(), size)) for size in (1, 5))
     for name in ("index", "label", "predicted", "rank"):
         assert one[name].tolist() == five[name].tolist()
     np.testing.assert_allclose(one["loss"], five["loss"], rtol=1e-5)
@@ -90,13 +89,13 @@ def test_a_file_scores_what_its_network_does(tmp_path):
     model = network(3)
     model.compile("adam", "mse")  # as after somebody's `fit`
     model.save(tmp_path / "model.keras")
-    expected = evaluation.Evaluator(model, stripes(), 8, tf.distribute.get_strategy())("test")
+    expected = classification(stripes()).summary(judged(model, stripes(), 8))
     found = network_file.open_file(str(tmp_path / "model.keras"))
     result = evaluation.evaluate_file(found, experiment(eval_batch_size=5))
     assert result == {
-        **expected.summary(3),
-        "loss": pytest.approx(expected.summary(3)["loss"]),
-        **network_file.cost_of(model),
+        **expected,
+        "loss": pytest.approx(expected["loss"]),
+        **evaluation.cost_of(model),
         "dataset": "stripes",
         "split": "test",
         "step": None,
@@ -165,7 +164,6 @@ def test_the_data_alone_is_enough_of_a_config(tmp_path):
     assert (loaded.eval_split, loaded.model) == ("test", None)
     with pytest.raises(UsageError, match=r"leaves out what an experiment needs: Experiment\.data$"):
         config.load([str(tmp_path / "less.gin")], **evaluation.WITHOUT_TRAINING)
-    config._forget()
 
 
 def test_metadata_lies_in_a_file_or_beside_it(tmp_path):

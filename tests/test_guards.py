@@ -9,28 +9,24 @@ import pytest
 import tensorflow as tf
 from etils import epath
 from etils.epath import gpath
-from test_training import (
+from tiny_runs import (
+    build,
     experiment,
     network,
     state,
+    step,
     stripes,
     train_to_the_first_checkpoint,
 )
 
-from condconv.engine import checkpoints, config, optimization
-from condconv.engine import loop as training
-from condconv.engine.backends.tensorflow import run, step
+from condconv.engine import checkpoints, config, loop, optimization, restore
+from condconv.engine.backends.tensorflow.updates import LossScale
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.telemetry import Watch, read_metrics
 from condconv.tools import dry_run
 from data.pipeline import Pipeline
 
 SLOW = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def no_config():
-    config._forget()
 
 
 class Poisoned(Pipeline):
@@ -56,7 +52,7 @@ def poisoned() -> Poisoned:
 def test_a_loss_that_is_no_number_ends_the_run_at_its_step(tmp_path):
     workdir = epath.Path(tmp_path) / "run"
     with pytest.raises(RunError, match=r"not finite \(step 13, .*; last checkpoint: 10"):
-        training.train(experiment(data=poisoned), workdir)
+        loop.train(experiment(data=poisoned), workdir)
     assert checkpoints.is_finite(state(workdir))
     assert read_metrics(workdir)[-1]["step"] <= 13
 
@@ -64,7 +60,7 @@ def test_a_loss_that_is_no_number_ends_the_run_at_its_step(tmp_path):
 def test_a_roll_back_goes_on_behind_the_bad_batch_and_resumes_so(tmp_path, capsys):
     workdir = epath.Path(tmp_path) / "run"
     wanted = experiment(data=poisoned, max_rollbacks=1)
-    assert training.train(wanted, workdir) == 0
+    assert loop.train(wanted, workdir).exit_code == 0
     assert "going back, and on behind this batch" in capsys.readouterr().err
     last = checkpoints.Checkpoints(workdir).load_last()
     assert (last.step, last.notes.skipped, last.notes.rollbacks) == (20, 4, 1)
@@ -87,29 +83,25 @@ def test_no_more_roll_backs_than_allowed(tmp_path):
     data = stripes()
     wanted = experiment(data=lambda: Twice(data.source, data.preprocessing), max_rollbacks=2)
     with pytest.raises(RunError, match="not finite"):
-        training.train(wanted, epath.Path(tmp_path) / "run")
+        loop.train(wanted, epath.Path(tmp_path) / "run")
 
 
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
     """The loss of the last step is still one: only its update was too large."""
 
     def last_one_explodes(clock):
-        class Schedule(keras.optimizers.schedules.LearningRateSchedule):
-            def __call__(self, step):
-                return tf.where(tf.equal(tf.cast(step, tf.int32), 9), np.inf, 0.01)
-
-        return Schedule()
+        return lambda step: np.where(np.equal(step, 9), np.float32(np.inf), np.float32(0.01))
 
     workdir = epath.Path(tmp_path) / "run"
     wanted = experiment(schedule=last_one_explodes, duration="10 steps", selection_split=None)
     with pytest.raises(RunError, match="a weight is not finite"):
-        training.train(wanted, workdir)
+        loop.train(wanted, workdir)
     assert checkpoints.Checkpoints(workdir).steps() == []
 
 
 def one_step(**changes) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    built = run.build(experiment(**changes))
-    taken = step.Stepper(built)(iter(step.train_batches(built, 5)), 5, 1)
+    built = build(**changes)
+    taken = step(built, 5)
     return built.state(), taken.sums
 
 
@@ -135,7 +127,7 @@ def test_accumulated_parts_of_a_batch_make_the_whole():
 @SLOW
 def test_clipping_bounds_the_norm_of_the_update():
     descent = {"model": plain, "optimizer": lambda learning_rate: optimization.momentum(1.0)}
-    before = run.build(experiment(**descent)).state()
+    before = build(**descent).state()
     after, sums = one_step(**descent, clip_norm=0.01)
     moved = [after[n] - before[n] for n in after if n.startswith("model/")]
     assert sums["gradient_norm"] > 0.01  # told as it was
@@ -153,10 +145,10 @@ def test_xla_changes_nothing():
 
 @SLOW
 def test_float16_leaves_out_a_step_that_overflows_and_tries_a_smaller_scale():
-    built = run.build(experiment(precision="mixed_float16", model=plain))
-    built.loss_scale.variables["scale"].assign(1e30)
+    built = build(precision="mixed_float16", model=plain)
+    built.scale.variables["scale"].assign(1e30)
     before = built.state()
-    taken = step.Stepper(built)(iter(step.train_batches(built, 5)), 5, 1)
+    taken = step(built, 5)
     after = built.state()
     assert taken.bad is None
     assert after["loss_scale/scale"] == np.float32(1e30) / 2
@@ -165,7 +157,7 @@ def test_float16_leaves_out_a_step_that_overflows_and_tries_a_smaller_scale():
 
 
 def test_float16_grows_its_scale_after_good_steps():
-    scale = optimization.LossScale(initial=8.0, patience=2)
+    scale = LossScale(initial=8.0, patience=2)
     found = []
     for finite in (True, True, True, False, False, True, True):
         scale.update(tf.constant(finite))
@@ -177,18 +169,18 @@ def test_float16_grows_its_scale_after_good_steps():
 @pytest.mark.parametrize("kind", ["checkpoint", "file"])
 def test_a_run_begins_with_the_weights_of_another(tmp_path, kind, capsys):
     workdir = epath.Path(tmp_path) / "first"
-    training.train(experiment(duration="10 steps"), workdir)
+    loop.train(experiment(duration="10 steps"), workdir)
     trained = state(workdir)
     source = str(workdir / "checkpoints" / "000000010")
     if kind == "file":
         model = network(3)
-        values = checkpoints.weights_of(source)
+        values = checkpoints.read(source).weights()[0]
         checkpoints.fit(values, checkpoints.named_variables(model), "it")
         source = str(tmp_path / "first.keras")
         model.save(source)
-    tuned = experiment(init_from=source, model=lambda num_classes: network(5))
-    built = run.build(tuned)
-    built.initialize()
+    tuned = {"init_from": source, "model": lambda num_classes: network(5)}
+    built = build(**tuned)
+    restore.initialize(built)
     for kind in ("model", "average"):
         got = built.state()[f"{kind}/conv/kernel"]
         np.testing.assert_array_equal(got, trained["average/conv/kernel"])
@@ -200,7 +192,7 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path, kind, capsys):
 @pytest.mark.parametrize("name", ["/nowhere/model.keras", "/nowhere/000000010"])
 def test_a_file_to_begin_from_that_is_not_there_is_named(name):
     with pytest.raises(UsageError, match="/nowhere/"):
-        run.build(experiment(init_from=name)).initialize()
+        restore.initialize(build(init_from=name))
 
 
 @pytest.mark.parametrize(("waiting", "says"), [(True, "input"), (False, "the devices")])
@@ -270,9 +262,9 @@ def test_a_run_on_an_object_store_is_that_on_a_disk(object_store, tmp_path):
     damaged = object_store / "checkpoints" / "000000015"
     damaged.mkdir()
     (damaged / "manifest.json").write_text("{}")
-    assert training.train(experiment(), object_store) == 0
+    assert loop.train(experiment(), object_store).exit_code == 0
     on_disk = epath.Path(tmp_path) / "run"
-    training.train(experiment(), on_disk)
+    loop.train(experiment(), on_disk)
     one, other = state(object_store), state(on_disk)
     assert all(np.array_equal(one[name], other[name]) for name in one)
     assert [m["step"] for m in read_metrics(object_store)] == [

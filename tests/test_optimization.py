@@ -9,8 +9,10 @@ import tensorflow as tf
 
 from condconv import CondConv2D, Routing
 from condconv.engine import optimization, schedules
+from condconv.engine.backends.tensorflow import updates
 from condconv.engine.errors import UsageError
 from condconv.engine.schedules import Clock
+from condconv.engine.tasks import classification
 from condconv.normalization import BatchNormalization
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -29,19 +31,16 @@ def close(got: np.ndarray, wanted: np.ndarray) -> None:
         ("sgd", lambda rate: optimization.momentum(rate, momentum=0.0)),
     ],
 )
-def test_sixty_steps_are_those_of_tensorflow_1(key, factory):
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "in keras.ops"])
+def test_sixty_steps_are_those_of_tensorflow_1(key, factory, fused):
     golden = np.load(GOLDEN / "opt.npz")
-    rates = tf.constant(golden["lr"], tf.float32)
-
-    class Given(keras.optimizers.schedules.LearningRateSchedule):
-        def __call__(self, step):
-            return tf.gather(rates, tf.cast(step, tf.int32))
-
-    variable = keras.Variable(golden["w0"])
-    optimizer = factory(Given())
+    variable, rate = keras.Variable(golden["w0"]), optimization.HandedRate()
+    optimizer = factory(rate)
     optimizer.build([variable])
+    if fused:
+        updates.prepare(optimizer)
     steps = []
-    for gradient in golden["grads"]:
+    for rate.value, gradient in zip(golden["lr"], golden["grads"], strict=True):
         optimizer.apply([tf.constant(gradient, tf.float32)], [variable])
         steps.append(variable.numpy())
     close(np.stack(steps), golden[key])
@@ -85,7 +84,7 @@ def test_the_moving_average_is_that_of_tensorflow_1():
     golden = np.load(GOLDEN / "opt.npz")
     values = golden["ema_values"]
     variable = keras.Variable(values[0])
-    average = optimization.MovingAverage([variable], decay=0.9999)
+    average = updates.MovingAverage([variable], decay=0.9999)
     shadows = golden["ema_shadow"]
     first = len(values) - len(shadows)  # the values may begin with the initial one
     got = []
@@ -127,10 +126,10 @@ def test_losses_are_those_of_tensorflow_1():
         "ce_soft_smooth01": (soft, 0.1),
     }
     for key, (targets, smoothing) in cases.items():
-        got = optimization.cross_entropy(targets, logits, smoothing).numpy()
+        got = classification.cross_entropy(targets, logits, smoothing).numpy()
         wanted = golden[key]
         np.testing.assert_allclose(got if wanted.ndim else got.mean(), wanted, rtol=1e-6)
-    half = optimization.half_squared_norm([keras.Variable(golden["logits"])])
+    half = updates.half_squared_norm([keras.Variable(golden["logits"])])
     np.testing.assert_allclose(half.numpy(), golden["l2_loss"], rtol=1e-6)
 
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from local_workers import tf_configs
+from tiny_runs import step
 
 from condconv import ops
-from condconv.engine import config, optimization, schedules
-from condconv.engine.backends.tensorflow import run, step
+from condconv.engine import optimization, schedules
+from condconv.engine.backends import Run, tensorflow
 from condconv.engine.experiment import Experiment
+from data.pipeline import ImageSpec
 from models import create_model
 from models.released import assign, tf1_names
 
@@ -35,6 +37,9 @@ class Given:
     def num_examples(self, split: str) -> int:
         return self._count
 
+    def image_spec(self, split: str) -> ImageSpec:
+        return ImageSpec(tuple(self._batches.element_spec["image"].shape[1:]), "uint8")
+
     def train_batches(self, split: str, *, start: int, **arguments) -> tf.data.Dataset:
         return self._batches.repeat().skip(start)
 
@@ -43,7 +48,6 @@ class Given:
 
 
 def mini(images: np.ndarray, labels: np.ndarray, num_experts: int = 0) -> Experiment:
-    config._forget()
     identity = ((0.0,) * 3, (1.0,) * 3)
     return Experiment(
         model=lambda num_classes: create_model(
@@ -67,9 +71,9 @@ def mini(images: np.ndarray, labels: np.ndarray, num_experts: int = 0) -> Experi
     )
 
 
-def two_steps(built: run.Run) -> list[float]:
-    stepper, batches = step.Stepper(built), iter(step.train_batches(built, 0))
-    return [stepper(batches, number, 1).sums["objective"] / 6 for number in range(2)]
+def two_steps(built: Run) -> list[float]:
+    batches = built.batches(0)
+    return [step(built, number, batches).sums["objective"] / 6 for number in range(2)]
 
 
 def far(got: np.ndarray, wanted: np.ndarray, before: np.ndarray) -> float:
@@ -82,7 +86,7 @@ def far(got: np.ndarray, wanted: np.ndarray, before: np.ndarray) -> float:
 def test_two_steps_are_those_of_the_authors_graph():
     golden = np.load(GOLDEN)
     before = {k.removeprefix("init/"): golden[k] for k in golden.files if k.startswith("init/")}
-    built = run.build(mini(golden["X"], golden["Y"]))
+    built = tensorflow.build(mini(golden["X"], golden["Y"]))
     names = tf1_names(built.model, SCOPE)
     assign(built.model, before, names)
     for average, variable in zip(built.average.averages, built.average.variables, strict=True):
@@ -109,13 +113,13 @@ def test_two_steps_of_condconv_are_those_of_a_loop_over_examples(monkeypatch):
     """Every conditional kernel mixed and applied to one example at a time, by the definition."""
     golden = np.load(GOLDEN)
     data = mini(golden["X"], golden["Y"], num_experts=3)
-    ours = run.build(data)
+    ours = tensorflow.build(data)
     before = ours.state()
     losses = two_steps(ours)
     after = ours.state()
     monkeypatch.setattr(ops, "conv2d", one_by_one(plain))
     monkeypatch.setattr(ops, "depthwise_conv2d", one_by_one(depthwise))
-    naive = run.build(data)
+    naive = tensorflow.build(data)
     naive_losses = two_steps(naive)
     np.testing.assert_allclose(losses, naive_losses, rtol=1e-4)
     worst = {n: far(after[n], w, before[n]) for n, w in naive.state().items() if "/" in n}
@@ -203,16 +207,17 @@ TWO_REPLICAS = """
 import numpy as np
 import tensorflow as tf
 from condconv.engine import config
-from condconv.engine.backends.tensorflow import run, step
+from condconv.engine.backends import tensorflow
+from condconv.engine.backends.tensorflow import step
 
 bindings = ("mobilenet_v1.dropout = 0.5", "Experiment.devices = 'cpu:2'")
-built = run.build(config.load(["configs/digits_condconv.gin"], bindings))
+built = tensorflow.build(config.load(["configs/digits_condconv.gin"], bindings))
 half = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), np.uint8)
 batch = {"image": tf.constant(half), "label": tf.zeros(32, tf.int64)}
 
 @tf.function
 def losses(number):
-    parts, _ = built.strategy.run(step._gradient_step, args=(built, batch, number, tf.zeros([])))
+    parts, _ = built.strategy.run(step._on_replica, args=(built, batch, number, tf.zeros([])))
     return built.strategy.experimental_local_results(parts["loss"])
 
 for number in (0, 0, 1):

@@ -6,96 +6,34 @@ import signal
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from etils import epath
+from tiny_runs import (
+    encoded,
+    experiment,
+    judged,
+    network,
+    same,
+    state,
+    stripes,
+    train_to_the_first_checkpoint,
+)
 
-from condconv import CondConv2D, CondDense
-from condconv.engine import checkpoints, config, evaluation, optimization, schedules
-from condconv.engine import loop as training
-from condconv.engine.backends.tensorflow import step
+from condconv.engine import checkpoints, evaluation, loop, schedules
+from condconv.engine.backends.tensorflow.run import Run
 from condconv.engine.checkpoints import Notes
 from condconv.engine.errors import RunError, UsageError
-from condconv.engine.experiment import Experiment
+from condconv.engine.tasks.classification import classification
 from condconv.engine.telemetry import read_metrics
-from condconv.normalization import BatchNormalization, PixelNormalization
-from condconv.stochastic import Dropout, StochasticDepth
 from data.pipeline import Pipeline
 from data.preprocess import whole
-from data.source import Source, Split, indexed
-
-NUM_EXAMPLES = {"train": 40, "minival": 7, "test": 23}
-
-
-def stripes(image_size: int = 6) -> Pipeline:
-    """Images of noise with a bright row; the class is which."""
-    rng = np.random.default_rng(0)
-    splits = {}
-    for name, count in NUM_EXAMPLES.items():
-        labels = np.arange(count) % 3
-        images = rng.integers(0, 100, (count, image_size, image_size, 3), np.uint8)
-        images[np.arange(count), labels] = 255
-        splits[name] = encoded(images, labels)
-    return Pipeline(Source("stripes", 3, splits), whole(image_size))
-
-
-def encoded(images: np.ndarray, labels: np.ndarray) -> Split:
-    pngs = tf.constant([tf.io.encode_png(image).numpy() for image in images], tf.string)
-    classes = tf.constant(labels, tf.int64)
-    return indexed(len(images), lambda i: {"image": pngs[i], "label": classes[i], "id": "a stripe"})
-
-
-def network(num_classes: int, filters: int = 4) -> keras.Model:
-    inputs = keras.Input((6, 6, 3))
-    x = PixelNormalization((60,) * 3, (60,) * 3, name="normalization")(inputs)
-    x = CondConv2D(filters, 3, 2, padding="same", use_bias=False, name="conv")(x)
-    x = BatchNormalization(momentum=0.5, name="bn")(x)
-    x = keras.layers.ReLU()(x)
-    x = StochasticDepth(0.9, name="survival")(x)
-    x = keras.layers.Flatten()(x)
-    x = Dropout(0.2, name="dropout")(x)
-    return keras.Model(inputs, CondDense(num_classes, 2, name="classifier")(x), name="tiny")
-
-
-def experiment(**changes) -> Experiment:
-    settings = {
-        "model": network,
-        "data": stripes,
-        "optimizer": optimization.rmsprop,
-        "schedule": lambda clock: schedules.cosine(clock, 0.5, "2 steps"),
-        "duration": "20 steps",
-        "batch_size": 8,
-        "label_smoothing": 0.1,
-        "weight_decay": 1e-3,
-        "ema_decay": 0.9,
-        "selection_split": "minival",
-        "eval_split": "test",
-        "log_every": "5 steps",
-        "evaluate_every": "10 steps",
-        "checkpoint_every": "10 steps",
-        "steps_per_call": 3,
-    }
-    return Experiment(**settings | changes)
-
-
-@pytest.fixture(autouse=True)
-def no_config():
-    config._forget()
+from data.source import Source
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> epath.Path:
-    config._forget()
     workdir = epath.Path(tmp_path_factory.mktemp("runs")) / "trained"
-    assert training.train(experiment(), workdir) == 0
+    assert loop.train(experiment(), workdir).exit_code == 0
     return workdir
-
-
-def state(workdir: epath.Path) -> dict[str, np.ndarray]:
-    return checkpoints.Checkpoints(workdir).load_last().state
-
-
-def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
 
 
 def test_a_run_leaves_what_it_promises(trained):
@@ -111,10 +49,10 @@ def test_a_run_leaves_what_it_promises(trained):
 def test_metrics_have_a_line_for_each_log_and_evaluation(trained):
     metrics = read_metrics(trained)
     assert [m["step"] for m in metrics if "train_loss" in m] == [5, 10, 15, 20]
-    evaluations = [m for m in metrics if "minival_top1" in m]
+    evaluations = [m for m in metrics if "selection_top1" in m]
     assert [m["step"] for m in evaluations] == [10, 20]
-    assert {"minival_top5", "minival_loss", "minival_images"} <= evaluations[0].keys()
-    assert all(m["minival_images"] == 7 for m in evaluations)
+    assert {"selection_top5", "selection_loss", "selection_images"} <= evaluations[0].keys()
+    assert all(m["selection_images"] == 7 for m in evaluations)
     logged = metrics[0]
     assert {"epoch", "train_top1", "train_objective", "learning_rate"} <= logged.keys()
     assert logged["epoch"] == 1.0
@@ -124,7 +62,7 @@ def test_metrics_have_a_line_for_each_log_and_evaluation(trained):
 
 def test_it_learns(tmp_path):
     workdir = epath.Path(tmp_path) / "run"
-    training.train(experiment(duration="120 steps", evaluate_every="120 steps"), workdir)
+    loop.train(experiment(duration="120 steps", evaluate_every="120 steps"), workdir)
     result = evaluation.evaluate_run(experiment(), workdir)
     assert result["top1"] > 0.9
 
@@ -178,33 +116,19 @@ def test_raw_and_averaged_weights_differ_and_are_told_apart(trained):
 
 
 def test_best_is_the_best_on_the_selection_split(trained):
-    scores = {m["step"]: m["minival_top1"] for m in read_metrics(trained) if "minival_top1" in m}
+    scores = {
+        m["step"]: m["selection_top1"] for m in read_metrics(trained) if "selection_top1" in m
+    }
     best, score = checkpoints.Checkpoints(trained).best()
     assert score == max(scores.values()) == scores[best]
     assert evaluation.evaluate_run(experiment(), trained, "best")["step"] == best
-
-
-def train_to_the_first_checkpoint(wanted: Experiment, workdir: epath.Path) -> None:
-    class Stop(Exception):
-        pass
-
-    save = checkpoints.Checkpoints.save
-
-    def save_and_stop(self, step, values, notes):
-        save(self, step, values, notes)
-        raise Stop
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints.Checkpoints, "save", save_and_stop)
-        with pytest.raises(Stop):
-            training.train(wanted, workdir)
 
 
 def test_a_second_call_goes_on_and_ends_with_the_same_weights(tmp_path, trained):
     whole = epath.Path(tmp_path) / "two_calls"
     train_to_the_first_checkpoint(experiment(steps_per_call=1), whole)
     assert checkpoints.Checkpoints(whole).steps() == [10]
-    assert training.train(experiment(), whole) == 0
+    assert loop.train(experiment(), whole).exit_code == 0
     assert same(state(whole), state(trained))
     steps = [m["step"] for m in read_metrics(whole) if "train_loss" in m]
     assert steps == [5, 10, 15, 20]
@@ -212,7 +136,7 @@ def test_a_second_call_goes_on_and_ends_with_the_same_weights(tmp_path, trained)
 
 def test_a_finished_run_is_left_alone(trained, capsys):
     before = state(trained)
-    assert training.train(experiment(), trained) == 0
+    assert loop.train(experiment(), trained).exit_code == 0
     assert "already trained to step 20" in capsys.readouterr().err
     assert same(state(trained), before)
 
@@ -220,52 +144,52 @@ def test_a_finished_run_is_left_alone(trained, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_call_goes_on(tmp_path, trained, number, capsys):
     workdir = epath.Path(tmp_path) / "run"
-    call = step.Stepper.__call__
+    steps = Run.steps
 
     def interrupted(self, batches, first, *rest):
         if first == 3:
             signal.raise_signal(number)
-        return call(self, batches, first, *rest)
+        return steps(self, batches, first, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step.Stepper, "__call__", interrupted)
-        assert training.train(experiment(), workdir) == 128 + number
+        patch.setattr(Run, "steps", interrupted)
+        assert loop.train(experiment(), workdir).exit_code == 128 + number
     assert "the same command goes on" in capsys.readouterr().err
     assert checkpoints.Checkpoints(workdir).steps() == [5]
-    assert training.train(experiment(), workdir) == 0
+    assert loop.train(experiment(), workdir).exit_code == 0
     assert same(state(workdir), state(trained))
 
 
 def test_another_seed_gives_other_weights_and_the_same_seed_the_same(tmp_path, trained):
     root = epath.Path(tmp_path)
-    training.train(experiment(), root / "again")
-    training.train(experiment(seed=1), root / "other")
+    loop.train(experiment(), root / "again")
+    loop.train(experiment(seed=1), root / "other")
     assert same(state(root / "again"), state(trained))
     assert not same(state(root / "other"), state(trained))
 
 
 def test_steps_per_call_change_nothing(tmp_path, trained):
     workdir = epath.Path(tmp_path) / "run"
-    training.train(experiment(steps_per_call=1), workdir)
+    loop.train(experiment(steps_per_call=1), workdir)
     assert same(state(workdir), state(trained))
 
 
 def test_a_workdir_of_another_experiment_is_refused(tmp_path):
     (tmp_path / "config.gin").write_text("Experiment.seed = 3\n")
     with pytest.raises(UsageError, match="Experiment.seed: 3 there, not bound here"):
-        training.train(experiment(), epath.Path(tmp_path))
+        loop.train(experiment(), epath.Path(tmp_path))
 
 
 def test_checkpoints_of_nobody_knows_what_are_refused(tmp_path):
     checkpoints.Checkpoints(epath.Path(tmp_path)).save(5, {"a": np.zeros(1)}, Notes())
     with pytest.raises(UsageError, match=r"has checkpoints and no config.gin"):
-        training.train(experiment(), epath.Path(tmp_path))
+        loop.train(experiment(), epath.Path(tmp_path))
 
 
 def test_an_unwritable_workdir_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written to"):
-        training.train(experiment(), epath.Path(tmp_path) / "file" / "run")
+        loop.train(experiment(), epath.Path(tmp_path) / "file" / "run")
 
 
 def test_a_checkpoint_of_another_model_names_the_first_differences(trained):
@@ -305,7 +229,7 @@ def test_a_checkpoint_by_step_and_by_path(trained):
 def test_ema_without_averages_is_refused(tmp_path):
     workdir = epath.Path(tmp_path) / "run"
     plain = experiment(ema_decay=0.0, duration="4 steps", selection_split=None)
-    training.train(plain, workdir)
+    loop.train(plain, workdir)
     with pytest.raises(UsageError, match="has no averaged weights"):
         evaluation.evaluate_run(plain, workdir, ema=True)
     assert evaluation.evaluate_run(plain, workdir)["weights"] == "raw"
@@ -345,12 +269,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         return schedules.cosine(clock, 1e30, "0 steps")
 
     with pytest.raises(RunError, match="not finite .step"):
-        training.train(experiment(schedule=exploding), epath.Path(tmp_path) / "run")
+        loop.train(experiment(schedule=exploding), epath.Path(tmp_path) / "run")
 
 
 def test_bfloat16_trains_with_float32_weights(tmp_path):
     workdir = epath.Path(tmp_path) / "run"
-    training.train(experiment(precision="mixed_bfloat16", duration="6 steps"), workdir)
+    loop.train(experiment(precision="mixed_bfloat16", duration="6 steps"), workdir)
     assert all(v.dtype != np.uint16 for v in state(workdir).values())
     assert state(workdir)["model/conv/kernel"].dtype == np.float32
     assert keras.config.dtype_policy().name == "float32"
@@ -362,16 +286,15 @@ def test_evaluation_that_misses_an_example_fails():
             return super().eval_batches(split, **arguments).take(1)
 
     short = Short(stripes().source, stripes().preprocessing)
-    evaluator = evaluation.Evaluator(network(3), short, 8, tf.distribute.get_strategy())
     with pytest.raises(
         RunError, match="saw 8 examples, 8 of them different, instead of each of 23"
     ):
-        evaluator("test")
+        judged(network(3), short, 8)
 
 
 def test_a_network_that_is_no_number_scores_as_wrong():
     inputs = keras.Input((6, 6, 3))
     undefined = keras.layers.Rescaling(float("nan"))(keras.layers.Flatten()(inputs)[:, :3])
     model = keras.Model(inputs, undefined)
-    predictions = evaluation.Evaluator(model, stripes(), 8, tf.distribute.get_strategy())("test")
-    assert predictions.summary(3)["top1"] == 0.0
+    data = stripes()
+    assert classification(data).summary(judged(model, data, 8))["top1"] == 0.0

@@ -129,5 +129,5 @@ def _parse(parse_it: Callable[[], Any], source: str) -> None:
             message, places = strictness.explain_syntax(error.args[0]), []
         line = next((m[0] for p in places if (m := re.search(r"line \d+", p))), "")
         where = f"{source}, {line}" if line else source
-        explained = " ".join(strictness.explain(message).split())
-        raise UsageError(f"{where}: {explained}") from error
+        said = f"{where}: {strictness.explain(message)}"
+        raise UsageError(" ".join(said.split())) from error

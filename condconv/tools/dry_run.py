@@ -1,4 +1,4 @@
-"""Tries everything that an experiment would do, in little: without its data, and without a trace."""
+"""Tries everything that an experiment would do, in little: without data, and leaving no trace."""
 
 import dataclasses
 import itertools
