@@ -89,14 +89,11 @@ def _default(name: str, argument: str) -> Any:
     return inspect.signature(MODELS[name]).parameters[argument].default
 
 
-def _scope(source: ReleasedWeights) -> str:
-    return released.tf1_scope(source.values)
-
-
 def _names(source: ReleasedWeights, network: keras.Model) -> released.Names:
     if source.is_timm:
         return released_timm.timm_names(network)
-    return released.recounted(released.tf1_names(network, _scope(source)), source.values)
+    scope = released.tf1_scope(source.values)
+    return released.recounted(released.tf1_names(network, scope), source.values)
 
 
 def _assign(

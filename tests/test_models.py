@@ -299,7 +299,10 @@ def test_every_argument_that_a_network_can_have_is_taken_and_told_of(name):
     assert ("head_conv" in conditional_layers(model)) == ("condconv_head" in some)
     assert layers["dropout"].rate == 0.3
     assert layers["stem_routing"].activation is keras.activations.tanh
-    assert layers["block2_expert_dropout"].rate == 0.1
+    dropped = [layer for layer in model.layers if layer.name.endswith("_expert_dropout")]
+    routings = [layer for layer in model.layers if isinstance(layer, condconv.Routing)]
+    assert [layer.input for layer in dropped] == [layer.output for layer in routings]
+    assert {layer.rate for layer in dropped} == {0.1}
     assert (layers["stem_conv_bn"].momentum, layers["stem_conv_bn"].epsilon) == (0.5, 0.1)
     assert layers["normalization"].mean == (127,) * 3
     assert "stem_conv_pad" in layers
