@@ -47,44 +47,13 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Style:
-    """What all convolutions of a network have in common.
+    """What all convolutions of a network have in common; see ``models.network.Network``."""
 
-    Attributes:
-        activation: after every convolution but a linear one.
-        kernel_initializer: of every convolution, of each expert on its own.
-        batch_norm_momentum: the share of the moving statistics that a step keeps.
-        batch_norm_epsilon: added to the variance.
-        padding: "same", TensorFlow's (the odd zero goes behind); "symmetric", PyTorch's, in every
-            convolution and pooling; "fixed", symmetric in strided convolutions alone, as the
-            official ResNet has it.
-        expert_dropout: probability with which an example's routing weight of an expert is set to
-            zero in training; those left are scaled up. A block's convolutions share the draw.
-    """
-
-    activation: str | Callable[[Tensor], Tensor] = "relu"
-    kernel_initializer: Any = "he_normal"
-    batch_norm_momentum: float = 0.99
-    batch_norm_epsilon: float = 1e-3
-    padding: str = "same"
-    expert_dropout: float = 0.0
-
-    def __post_init__(self):
-        if self.padding not in PADDINGS:
-            raise ValueError(f"padding takes one of {', '.join(PADDINGS)}, not {self.padding!r}")
-        if not 0 <= self.batch_norm_momentum < 1:
-            raise ValueError(
-                "batch_norm_momentum takes a number of at least 0 and below 1, "
-                f"not {self.batch_norm_momentum}"
-            )
-        if self.batch_norm_epsilon <= 0:
-            raise ValueError(
-                f"batch_norm_epsilon takes a positive number, not {self.batch_norm_epsilon}"
-            )
-        if not 0 <= self.expert_dropout < 1:
-            raise ValueError(
-                "expert_dropout takes a probability of at least 0 and below 1, "
-                f"not {self.expert_dropout}"
-            )
+    activation: str | Callable[[Tensor], Tensor]
+    kernel_initializer: Any
+    batch_norm_momentum: float
+    batch_norm_epsilon: float
+    padding: str
 
 
 class Convs:

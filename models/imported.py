@@ -15,7 +15,7 @@ _WITH_BACKGROUND = 1001  # classes of ImageNet, where the first one stands for n
 Values = Mapping[str, np.ndarray]
 
 
-class Source(Protocol):
+class ReleasedWeights(Protocol):
     """What has been read of a checkpoint; see ``condconv.tools.published_weights``."""
 
     values: Values
@@ -26,7 +26,7 @@ class Source(Protocol):
 
 
 def import_network(
-    source: Source, name: str, num_experts: int = 0, **arguments: Any
+    source: ReleasedWeights, name: str, num_experts: int = 0, **arguments: Any
 ) -> tuple[keras.Model, dict[str, Any]]:
     """Builds a network, and gives it the weights of a checkpoint.
 
@@ -69,7 +69,7 @@ def import_network(
     }
 
 
-def _weights(source: Source, names: released.Names) -> dict[str, int]:
+def _weights(source: ReleasedWeights, names: released.Names) -> dict[str, int]:
     averaged = len(source.averaged & set(names.values()))
     return {"averaged_variables": averaged, "raw_variables": len(names) - averaged}
 
@@ -89,18 +89,15 @@ def _default(name: str, argument: str) -> Any:
     return inspect.signature(MODELS[name]).parameters[argument].default
 
 
-def _scope(source: Source) -> str:
-    return released.tf1_scope(source.values)
-
-
-def _names(source: Source, network: keras.Model) -> released.Names:
+def _names(source: ReleasedWeights, network: keras.Model) -> released.Names:
     if source.is_timm:
         return released_timm.timm_names(network)
-    return released.recounted(released.tf1_names(network, _scope(source)), source.values)
+    scope = released.tf1_scope(source.values)
+    return released.recounted(released.tf1_names(network, scope), source.values)
 
 
 def _assign(
-    source: Source,
+    source: ReleasedWeights,
     network: keras.Model,
     values: Values,
     names: released.Names,
@@ -117,7 +114,9 @@ def _assign(
     released_timm.check_known(source.architecture, like)
 
 
-def _without_background(source: Source, names: released.Names) -> tuple[Values, int | None]:
+def _without_background(
+    source: ReleasedWeights, names: released.Names
+) -> tuple[Values, int | None]:
     """Returns the values without the class that stands for none, and how many classes are left.
 
     None where the classifier is missing or in no shape to tell.

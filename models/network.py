@@ -1,18 +1,21 @@
-"""From a table of stages to a Keras model that maps pixels to logits."""
+"""The record of an architecture, and from it to a Keras model that maps pixels to logits."""
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import keras
 
 from condconv.layers import Logits
 from condconv.normalization import PixelNormalization
 from condconv.stochastic import Dropout
-from models.blocks import Convs, Stage, Style
-from models.routing import Knobs, Router, Routers
+from models.blocks import PADDINGS, Convs, Stage, Style
+from models.routing import RoutingStyle, RoutingWeights
 
 Tensor = Any
+Initializer = Any
+Part = Callable[[str, Tensor, bool], Convs]  # by its name, input, and whether it is conditional
 
 # Mean and deviation of pixels, which each network was published with.
 NORMALIZATIONS = {
@@ -45,66 +48,81 @@ def round_filters(filters: int, width: float = 1.0) -> int:
     return rounded + 8 if rounded < 0.9 * scaled else rounded
 
 
-def unroll(stages: tuple[Stage, ...]) -> list[Stage]:
-    """Returns one row a block; only the first of a stage keeps its strides."""
-    return [
-        dataclasses.replace(stage, repeats=1, strides=stage.strides if repeat == 0 else 1)
-        for stage in stages
-        for repeat in range(stage.repeats)
-    ]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """A network before it is built: its table, and what the caller may change.
+    """A network before it is built; each architecture is a record that derives from this one.
 
-    Attributes:
-        name: of the model.
+    Its class attributes are what makes the architecture:
+
+        name: of the network, and of the function that builds it.
         stages: the table of its blocks.
-        style: what its convolutions have in common.
+        activation: after every convolution but a linear one.
         stem_filters, stem_kernel_size: of the first convolution, which has stride 2.
         stem_pool: whether a max-pooling 3×3 of stride 2 follows.
         head_filters: of the 1×1 convolution before the pooling; 0 for none.
-        classifier_initializer: of the last dense layer.
+        cost_rule: under which the paper printed its multiply-adds.
+
+    Its fields are what a caller may change, with the paper's values for defaults. The last three of
+    the following are fields only of those that have what they are about. A record adds what is
+    special in it to what is said here.
+
+    Attributes:
         num_classes: logits.
         num_experts: 0 for the static network, else the experts of each conditional layer.
+        image_size: height and width of the input; None leaves them open.
+        width: multiplier of the filters.
+        dropout: share of the pooled features set to zero in training.
         first_condconv_block: the first conditional block, counted from 1; those behind it are
             conditional too. 0 makes the stem conditional as well; one more than there are blocks
             leaves all of them static.
-        condconv_head, condconv_classifier: whether these are conditional.
-        routing: knobs of the routers by name, those of ``models.routing.Routers``, such as
+        condconv_classifier: whether the last layer is conditional.
+        routing: attributes of ``models.routing.RoutingStyle`` by name, such as
             ``{"activation": "softmax"}``. By default each conditional block, stem, head and
-            classifier has a router of its own on its input.
-        image_size: height and width of the input; None leaves them open.
-        dropout: share of the pooled features set to zero in training.
+            classifier has a routing of its own on its input.
+        expert_dropout: probability with which an example's routing weight of an expert is set to
+            zero in training; those left are scaled up. A block's convolutions share the draw.
+        batch_norm_momentum: the share of the moving statistics that a step keeps.
+        batch_norm_epsilon: added to the variance.
+        normalization: mean and deviation of the pixels: "imagenet", "condconv", "inception", or
+            two triples.
+        padding: "same", TensorFlow's (the odd zero goes behind); "symmetric", PyTorch's, in every
+            convolution and pooling; "fixed", symmetric in strided convolutions alone, as the
+            official ResNet has it.
+        condconv_head: whether the convolution before the pooling is conditional.
         survival: probability with which the last residual branch is kept in training, falling
             linearly from 1 at the first block (official rule: by i/N for block i of N).
-        normalization: mean and deviation of the pixels, by name or as two triples.
-        cost_rule: under which the paper printed this network's multiply-adds.
+        depth: multiplier of the repeats.
     """
 
-    name: str
-    stages: tuple[Stage, ...]
-    style: Style = Style()
-    stem_filters: int
-    stem_kernel_size: int = 3
-    stem_pool: bool = False
-    head_filters: int = 0
-    classifier_initializer: Any = "glorot_uniform"
+    name: ClassVar[str]
+    stages: ClassVar[tuple[Stage, ...]]
+    activation: ClassVar[str | Callable[[Tensor], Tensor]] = "relu"
+    stem_filters: ClassVar[int]
+    stem_kernel_size: ClassVar[int] = 3
+    stem_pool: ClassVar[bool] = False
+    head_filters: ClassVar[int] = 0
+    cost_rule: ClassVar[str] = "R"
+
     num_classes: int = 1000
     num_experts: int = 0
-    first_condconv_block: int = 1
-    condconv_head: bool = False
-    condconv_classifier: bool = False
-    routing: Knobs | None = None
     image_size: int | None = 224
+    width: float = 1.0
     dropout: float = 0.0
-    survival: float = 1.0
+    first_condconv_block: int = 1
+    condconv_classifier: bool = False
+    routing: Mapping[str, Any] | None = None
+    expert_dropout: float = 0.0
+    batch_norm_momentum: float = 0.99
+    batch_norm_epsilon: float = 1e-3
     normalization: Normalization = "imagenet"
-    cost_rule: str = "R"
+    padding: str = "same"
+    # Fields of the records of those networks that have what they are about.
+    condconv_head = False
+    survival = 1.0
+    depth = 1.0
 
     def __post_init__(self):
-        blocks = len(unroll(self.stages))
+        blocks = len(self._blocks())
         checks = (
             ("num_classes", self.num_classes >= 1, "an integer of at least 1"),
             ("num_experts", self.num_experts >= 0, "0 (static) or a positive integer"),
@@ -116,65 +134,116 @@ class Network:
             ("image_size", self.image_size is None or self.image_size >= 1, "a positive integer"),
             ("dropout", 0 <= self.dropout < 1, "a share of at least 0 and below 1"),
             ("survival", 0 < self.survival <= 1, "a probability above 0 and at most 1"),
+            (
+                "expert_dropout",
+                0 <= self.expert_dropout < 1,
+                "a probability of at least 0 and below 1",
+            ),
+            (
+                "batch_norm_momentum",
+                0 <= self.batch_norm_momentum < 1,
+                "a number of at least 0 and below 1",
+            ),
+            ("batch_norm_epsilon", self.batch_norm_epsilon > 0, "a positive number"),
+            ("padding", self.padding in PADDINGS, f"one of {', '.join(PADDINGS)}"),
         )
         for argument, fits, allowed in checks:
             if not fits:
                 value = getattr(self, argument)
-                raise ValueError(f"{self.name}: {argument} takes {allowed}, not {value}")
+                raise ValueError(f"{self.name}: {argument} takes {allowed}, not {value!r}")
+
+    def initializers(self) -> tuple[Initializer, Initializer]:
+        """Returns those of the convolutions, each of which gets a copy, and of the classifier."""
+        return "he_normal", "glorot_uniform"
+
+    def widen(self, filters: int) -> int:
+        """Returns the filters of a network that is ``width`` times as wide."""
+        return round_filters(filters, self.width)
+
+    def widen_head(self, filters: int) -> int:
+        """Returns those of the convolution before the pooling."""
+        return self.widen(filters)
+
+    def repeats(self, stage: Stage) -> int:
+        """Returns the blocks of a stage in a network that is ``depth`` times as deep."""
+        return math.ceil(scale(stage.repeats, self.depth, "depth"))
+
+    def _blocks(self) -> list[Stage]:
+        """Returns one row a block; only the first of a stage keeps its strides."""
+        return [
+            dataclasses.replace(
+                stage,
+                repeats=1,
+                filters=self.widen(stage.filters),
+                strides=stage.strides if repeat == 0 else 1,
+            )
+            for stage in self.stages
+            for repeat in range(self.repeats(stage))
+        ]
 
     def build(self) -> keras.Model:
         """Returns the model: pixels (B, H, W, 3) of 0–255 → logits (B, num_classes) float32."""
-        routers = Routers.of(self.routing or {})
-        router = Router(routers, self.num_experts, self.style.expert_dropout)
+        kernel_initializer, classifier_initializer = self.initializers()
+        routing_style = RoutingStyle.of(self.routing or {})
+        routing_weights = RoutingWeights(routing_style, self.num_experts, self.expert_dropout)
+        style = Style(
+            activation=type(self).activation,  # of the class: from self a function gets bound
+            kernel_initializer=kernel_initializer,
+            batch_norm_momentum=self.batch_norm_momentum,
+            batch_norm_epsilon=self.batch_norm_epsilon,
+            padding=self.padding,
+        )
+
+        def part(name: str, x: Tensor, conditional: bool) -> Convs:
+            routed = conditional and self.num_experts > 0
+            return Convs(style, name, routing_weights.of(name, x) if routed else None)
+
         inputs = keras.Input((self.image_size, self.image_size, 3), name="images")
-        x = self._stem(_normalize(inputs, self.normalization), router)
-        x = self._blocks(x, router)
+        x = self._build_stem(_normalize(inputs, self.normalization), part)
+        x = self._build_blocks(x, part)
         if self.head_filters:
-            convs = self._convs("head", x, router, self.condconv_head)
-            x = convs.conv(x, "conv", self.head_filters)
+            head = part("head", x, self.condconv_head)
+            x = head.conv(x, "conv", self.widen_head(self.head_filters))
         x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
-        return keras.Model(inputs, self._classifier(x, router), name=self.name)
+        x = self._build_classifier(x, part, classifier_initializer)
+        return keras.Model(inputs, x, name=self.name)
 
-    def _convs(self, name: str, x: Tensor, router: Router, conditional: bool) -> Convs:
-        conditional = conditional and self.num_experts > 0
-        return Convs(self.style, name, router.route(name, x) if conditional else None)
-
-    def _stem(self, x: Tensor, router: Router) -> Tensor:
-        convs = self._convs("stem", x, router, self.first_condconv_block == 0)
-        x = convs.conv(x, "conv", self.stem_filters, self.stem_kernel_size, strides=2)
+    def _build_stem(self, x: Tensor, part: Part) -> Tensor:
+        stem = part("stem", x, self.first_condconv_block == 0)
+        x = stem.conv(x, "conv", self.widen(self.stem_filters), self.stem_kernel_size, strides=2)
         if not self.stem_pool:
             return x
         padding = "same"
-        if self.style.padding == "symmetric":  # the activation leaves nothing below zero
+        if self.padding == "symmetric":  # the activation leaves nothing below zero
             x, padding = keras.layers.ZeroPadding2D(1, name="stem_pool_pad")(x), "valid"
         return keras.layers.MaxPooling2D(3, 2, padding, name="stem_pool")(x)
 
-    def _blocks(self, x: Tensor, router: Router) -> Tensor:
-        blocks = unroll(self.stages)
+    def _build_blocks(self, x: Tensor, part: Part) -> Tensor:
+        blocks = self._blocks()
         for index, stage in enumerate(blocks):
-            conditional = index + 1 >= self.first_condconv_block
-            convs = self._convs(f"block{index + 1}", x, router, conditional)
+            convs = part(f"block{index + 1}", x, index + 1 >= self.first_condconv_block)
             survival = 1 - (1 - self.survival) * index / len(blocks)
             x = stage.block(x, stage, convs, survival)
         return x
 
-    def _classifier(self, x: Tensor, router: Router) -> Tensor:
-        # The router sees the features before dropout.
-        convs = self._convs("classifier", x, router, self.condconv_classifier)
+    def _build_classifier(self, x: Tensor, part: Part, initializer: Initializer) -> Tensor:
+        # Its routing sees the features before dropout.
+        classifier = part("classifier", x, self.condconv_classifier)
         if self.dropout:
             x = Dropout(self.dropout, name="dropout")(x)
-        x = convs.dense(x, "", self.num_classes, self.classifier_initializer)
+        x = classifier.dense(x, "", self.num_classes, initializer)
         return Logits(self.cost_rule, name="logits")(x)
 
 
-def classifier_uniform() -> keras.initializers.Initializer:
-    """Returns the initializer of tensorflow/tpu's classifiers, as it is on ImageNet.
+def tpu_initializers() -> tuple[Initializer, Initializer]:
+    """Returns those of tensorflow/tpu's MnasNet and EfficientNet, as they are on ImageNet.
 
-    Even within ±1/√1000. The official ±1/√classes would make the logits of 10 classes ten times as
-    large, and the network would start far worse than by chance.
+    The classifier's is even within ±1/√1000. The official ±1/√classes would make the logits of 10
+    classes ten times as large, and the network would start far worse than by chance.
     """
+    convolutions = keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal")
     limit = 1000**-0.5
-    return keras.initializers.RandomUniform(-limit, limit)
+    return convolutions, keras.initializers.RandomUniform(-limit, limit)
 
 
 def _normalize(pixels: Tensor, normalization: Normalization) -> Tensor:

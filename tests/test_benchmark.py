@@ -1,5 +1,7 @@
 """The benchmark of networks: that it compares what it says, and that no process is left behind."""
 
+import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -37,32 +39,33 @@ def fake(function: str, **arguments) -> Contender:
     )
 
 
-def tiny(**changed) -> keras.Model:
+_Bottleneck = functools.partial(Stage, block=inverted_bottleneck, se_ratio=0.25)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiny(Network):
     """Every kind of conditional layer, strides and both sizes of kernels."""
+
+    name = "tiny"
+    stages = (
+        Stage(block=separable, repeats=1, filters=8, strides=2),
+        _Bottleneck(repeats=1, filters=8, kernel_size=5, expansion=2),
+    )
+    stem_filters = 8
+    head_filters = 16
+
+    num_classes: int = 5
+    num_experts: int = 3
+    image_size: int | None = 16
+    survival: float = 1.0
+    first_condconv_block: int = 0
+    condconv_head: bool = True
+    condconv_classifier: bool = True
+
+
+def tiny(**changed) -> keras.Model:
     keras.utils.set_random_seed(3)
-    return Network(
-        name="tiny",
-        stages=(
-            Stage(block=separable, repeats=1, filters=8, strides=2),
-            Stage(
-                block=inverted_bottleneck,
-                repeats=1,
-                filters=8,
-                kernel_size=5,
-                expansion=2,
-                se_ratio=0.25,
-            ),
-        ),
-        stem_filters=8,
-        head_filters=16,
-        image_size=16,
-        num_classes=5,
-        num_experts=3,
-        first_condconv_block=0,
-        condconv_head=True,
-        condconv_classifier=True,
-        **changed,
-    ).build()
+    return Tiny(**changed).build()
 
 
 TASK = Task(mode="infer", batch_size=3, image_size=16, num_classes=5, seconds=0.0)

@@ -1,7 +1,10 @@
 """The networks: equal to the authors' graphs, and to the published numbers of parameters."""
 
+import dataclasses
 import functools
 import inspect
+import pickle
+import typing
 
 import authors_graph
 import keras
@@ -12,7 +15,9 @@ import timm_names
 import condconv
 from condconv.layers import Logits
 from models import MODELS, create_model, list_models, released
-from models.blocks import Convs, Style
+from models.blocks import Stage, separable
+from models.factory import factory
+from models.network import Network
 from models.paper import PAPER
 
 PARAMETERS = {
@@ -250,11 +255,80 @@ def test_bad_arguments_are_named(arguments, message):
         create_model(**{"name": "mobilenet_v1", **TINY, **arguments})
 
 
-def test_factories_take_keywords_only_and_document_themselves():
-    for name, factory in MODELS.items():
-        parameters = inspect.signature(factory).parameters.values()
-        assert all(p.kind is p.KEYWORD_ONLY for p in parameters), name
-        assert factory.__doc__
+ALL_HAVE = {
+    "num_classes": 3,
+    "num_experts": 2,
+    "image_size": 40,
+    "width": 0.1,
+    "dropout": 0.3,
+    "first_condconv_block": 0,
+    "condconv_classifier": True,
+    "routing": {"activation": "tanh"},
+    "expert_dropout": 0.1,
+    "batch_norm_momentum": 0.5,
+    "batch_norm_epsilon": 0.1,
+    "normalization": "condconv",
+    "padding": "symmetric",
+}
+SOME_HAVE = {
+    "survival": (0.5, {*MODELS} - {"mobilenet_v1"}),
+    "condconv_head": (True, {*MODELS} - {"mobilenet_v1", "resnet50"}),
+    "depth": (1.5, {"efficientnet_b0", "efficientnet_b0_depth"}),
+}
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_argument_that_a_network_can_have_is_taken_and_told_of(name):
+    some = {argument: value for argument, (value, have) in SOME_HAVE.items() if name in have}
+    parameters = inspect.signature(MODELS[name]).parameters
+    assert {*parameters} == {*ALL_HAVE, *some}
+    assert all(each.kind is each.KEYWORD_ONLY for each in parameters.values())
+    hints = typing.get_type_hints(MODELS[name])
+    assert hints.pop("return") is keras.Model
+    assert hints == {each.name: each.annotation for each in parameters.values()}
+    documentation = inspect.getdoc(MODELS[name])
+    for argument in parameters:
+        assert documentation.count(f"\n    {argument}: ") == 1
+    assert " % top-1" in documentation.split("\n")[0]
+
+    model, usual = create_model(name, **ALL_HAVE, **some), tiny(name, 2)
+    layers = {layer.name: layer for layer in model.layers}
+    assert model.input.shape == (None, 40, 40, 3)
+    assert model.output.shape == (None, 3)
+    assert {"stem_conv", "classifier"} <= conditional_layers(model)
+    assert ("head_conv" in conditional_layers(model)) == ("condconv_head" in some)
+    assert layers["dropout"].rate == 0.3
+    assert layers["stem_routing"].activation is keras.activations.tanh
+    dropped = [layer for layer in model.layers if layer.name.endswith("_expert_dropout")]
+    routings = [layer for layer in model.layers if isinstance(layer, condconv.Routing)]
+    assert [layer.input for layer in dropped] == [layer.output for layer in routings]
+    assert {layer.rate for layer in dropped} == {0.1}
+    assert (layers["stem_conv_bn"].momentum, layers["stem_conv_bn"].epsilon) == (0.5, 0.1)
+    assert layers["normalization"].mean == (127,) * 3
+    assert "stem_conv_pad" in layers
+    assert any(name.endswith("_survival") for name in layers) == ("survival" in some)
+    assert (max(blocks(model)) > max(blocks(usual))) == ("depth" in some)
+
+
+def test_factories_are_functions_of_the_file_that_describes_their_network():
+    for name, build in MODELS.items():
+        assert pickle.loads(pickle.dumps(build)) is build
+        assert inspect.isfunction(build)
+        assert (build.__name__, build.__qualname__) == (name, name)
+        assert getattr(inspect.getmodule(build), name) is build
+    with pytest.raises(TypeError, match=r"resnet50\(\) takes 0 positional arguments"):
+        MODELS["resnet50"](1000)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'condconv_head'"):
+        MODELS["resnet50"](condconv_head=True)
+
+
+def test_a_record_whose_defaults_would_not_count_is_refused():
+    class Forgotten(Own):
+        num_classes: int = 5
+
+    assert factory(Own)(width=2.0).count_params() > factory(Own)().count_params()
+    with pytest.raises(TypeError, match=r"Forgotten has no @dataclasses.dataclass\(frozen=True"):
+        factory(Forgotten)
 
 
 def test_the_paper_is_quoted_for_every_network():
@@ -279,7 +353,18 @@ def test_no_two_layers_start_alike(name, num_experts):
     assert len({expert.tobytes() for expert in experts}) == len(experts) > 20
 
 
-def test_a_style_takes_an_initializer_that_keras_does_not_know():
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Own(Network):
+    """A network of one's own."""
+
+    name = "own"
+    stages = (Stage(block=separable, repeats=1, filters=8),)
+    stem_filters = 8
+
+    image_size: int | None = 8
+
+
+def test_a_network_takes_an_initializer_that_keras_does_not_know():
     class Threes(keras.initializers.Initializer):
         def __init__(self, value: float):
             self.value = value
@@ -287,11 +372,13 @@ def test_a_style_takes_an_initializer_that_keras_does_not_know():
         def __call__(self, shape, dtype=None):
             return keras.ops.full(shape, self.value, dtype)
 
-    convs = Convs(Style(kernel_initializer=Threes(3.0)), "block1")
-    x = keras.Input((8, 8, 4))
-    model = keras.Model(x, convs.conv(convs.depthwise(x, "depthwise", 3, 1), "pointwise", 2))
+    class OfThrees(Own):
+        def initializers(self):
+            return Threes(3.0), Threes(3.0)
+
+    model = OfThrees().build()
     kernels = [w for w in model.trainable_variables if w.path.endswith("kernel")]
-    assert len(kernels) == 2
+    assert len(kernels) == 4
     assert all(np.all(keras.ops.convert_to_numpy(kernel) == 3) for kernel in kernels)
 
 

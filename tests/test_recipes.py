@@ -1,5 +1,6 @@
 """The recipes on ImageNet: they parse, cost what they say, and follow the published schedules."""
 
+import dataclasses
 import inspect
 import math
 import pathlib
@@ -19,7 +20,7 @@ from condconv.engine.experiment import Experiment
 from data.autoaugment import auto_augment
 from data.mixing import mixup
 from models import MODELS, create_model
-from models.blocks import Stage, Style, bottleneck
+from models.blocks import Stage, bottleneck
 from models.network import Network
 from models.paper import PAPER
 
@@ -189,22 +190,22 @@ def test_the_input_of_a_recipe_runs_on_made_up_photographs(name):
     assert batch["label"].shape == ((8, 1000) if mixed else (8,))
 
 
-def small(**style: float) -> keras.Model:
-    """Returns a network of one conditional residual block."""
-    return Network(
-        name="small",
-        stages=(Stage(block=bottleneck, repeats=1, filters=8, expansion=4),),
-        style=Style(**style),
-        stem_filters=8,
-        num_classes=3,
-        num_experts=4,
-        image_size=16,
-    ).build()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Small(Network):
+    """Has one conditional residual block."""
+
+    name = "small"
+    stages = (Stage(block=bottleneck, repeats=1, filters=8, expansion=4),)
+    stem_filters = 8
+
+    num_classes: int = 3
+    num_experts: int = 4
+    image_size: int | None = 16
 
 
 def test_dropped_experts_have_no_weight_and_the_others_more(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
-    model = small(expert_dropout=0.25)
+    model = Small(expert_dropout=0.25).build()
     layers = ("block1_routing", "block1_expert_dropout")
     routing = keras.Model(model.input, [model.get_layer(layer).output for layer in layers])
     weights, used = (np.asarray(each) for each in routing(images, training=True))
@@ -216,7 +217,7 @@ def test_dropped_experts_have_no_weight_and_the_others_more(tmp_path):
     weights, used = (np.asarray(each) for each in routing(images, training=False))
     np.testing.assert_array_equal(used, weights)
     logits = np.asarray(model(images))
-    without = small()
+    without = Small().build()
     for ours, theirs in zip(without.weights, model.weights, strict=True):
         ours.assign(theirs)
     np.testing.assert_array_equal(np.asarray(without(images)), logits)
@@ -257,9 +258,11 @@ def test_impossible_depths_are_refused():
         create_model("efficientnet_b0", depth=0)
 
 
-def test_only_resnet_drops_experts():
-    with pytest.raises(UsageError, match="mobilenet_v1 has no parameter 'expert_dropout'"):
-        load("mobilenet_v1_condconv8", "mobilenet_v1.expert_dropout = 0.1")
+def test_a_config_binds_what_a_network_can_have():
+    with pytest.raises(UsageError, match="mobilenet_v1 has no parameter 'survival'"):
+        load("mobilenet_v1_condconv8", "mobilenet_v1.survival = 0.9")
+    with pytest.raises(UsageError, match="mobilenet_v1.num_classes is set by the run itself"):
+        load("mobilenet_v1_condconv8", "mobilenet_v1.num_classes = 9")
 
 
 NETWORKS = ("efficientnet_b0", "mnasnet_a1", "mobilenet_v1", "mobilenet_v2", "resnet50")

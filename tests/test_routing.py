@@ -1,5 +1,6 @@
 """Routing with hidden units, with others' weights in sight, and shared: in layers and networks."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,7 +12,7 @@ from keras import initializers
 from condconv import CondConv2D, CondDense, DepthwiseCondConv2D, Routing, count_cost
 from condconv import fold_batch_norm as folded
 from models import create_model, list_models
-from models.blocks import Stage, Style, inverted_bottleneck, separable
+from models.blocks import Stage, inverted_bottleneck, separable
 from models.network import Network
 
 Array = np.ndarray
@@ -32,32 +33,29 @@ KNOBS = {
 EACH = [pytest.param(k, marks=() if k == "together" else pytest.mark.slow) for k in KNOBS]
 
 
-def small(knobs: dict[str, Any], **arguments: Any) -> keras.Model:
-    """Returns a network of six conditional parts: stem, three blocks, head and classifier."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Small(Network):
+    """Has six conditional parts: stem, three blocks, head and classifier."""
+
+    name = "small"
     stages = (
         Stage(block=separable, repeats=2, filters=8),
         Stage(block=inverted_bottleneck, repeats=1, filters=8, expansion=2),
     )
-    arguments = {
-        "style": Style(),
-        "num_experts": EXPERTS,
-        "first_condconv_block": 0,
-        "dropout": 0.1,
-        **arguments,
-    }
-    model = Network(
-        name="small",
-        stages=stages,
-        stem_filters=8,
-        head_filters=8,
-        num_classes=3,
-        condconv_head=True,
-        condconv_classifier=True,
-        image_size=16,
-        routing=knobs,
-        **arguments,
-    ).build()
-    return disturbed(model)
+    stem_filters = 8
+    head_filters = 8
+
+    num_classes: int = 3
+    num_experts: int = EXPERTS
+    image_size: int | None = 16
+    dropout: float = 0.1
+    first_condconv_block: int = 0
+    condconv_head: bool = True
+    condconv_classifier: bool = True
+
+
+def small(knobs: dict[str, Any], **arguments: Any) -> keras.Model:
+    return disturbed(Small(routing=knobs, **arguments).build())
 
 
 def disturbed(model: keras.Model) -> keras.Model:
@@ -208,7 +206,7 @@ def test_a_saved_network_keeps_its_routers_and_its_cost(knobs, tmp_path):
 
 @pytest.mark.parametrize("knobs", EACH)
 def test_a_step_changes_every_weight(knobs):
-    model = small(KNOBS[knobs], style=Style(expert_dropout=0.1))
+    model = small(KNOBS[knobs], expert_dropout=0.1)
     before = [numpy(v).copy() for v in model.trainable_variables]
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(0.1), loss, run_eagerly=True)
@@ -273,7 +271,7 @@ def test_mixed_precision_routes_in_float32(knobs):
 
 
 def test_parts_that_share_a_router_share_the_draw_and_routers_see_none_of_it():
-    model = small(KNOBS["together"], style=Style(expert_dropout=0.25))
+    model = small(KNOBS["together"], expert_dropout=0.25)
     for layer in conditional(model):
         assert layer.input[1]._keras_history.operation.name in (
             "stem_expert_dropout",
@@ -312,7 +310,7 @@ def test_an_exported_network_says_the_same(form, knobs, tmp_path):
         ({"shared_by": 0}, "shared_by takes a positive integer or 'all', not 0"),
         ({"shared_by": "each"}, "shared_by takes a positive integer or 'all', not 'each'"),
         ({"hierarchical": 1}, "hierarchical takes True or False, not 1"),
-        ({"shared_by": "all", "hierarchical": True}, "hierarchical takes several routers"),
+        ({"shared_by": "all", "hierarchical": True}, "hierarchical takes several routings"),
         ({"kernel_initializer": "zeroes"}, "kernel_initializer takes the name .*not 'zeroes'"),
         ({"kernel_initializer": 0}, "kernel_initializer takes the name .*not 0"),
         ({"kernel_initializer": "zeros", "hidden": 1}, "a hidden layer .* never learns"),
