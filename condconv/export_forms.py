@@ -30,6 +30,8 @@ def portable(model: keras.Model) -> keras.Model:
             layer.formulation = "matmul" if layer.kernel_size == (1, 1) else "shifts"
         elif isinstance(layer, DepthwiseCondConv2D):
             layer.formulation = "taps"
+    if getattr(copy, "inputs", None):
+        copy(copy.input)  # Keras exports what has been called
     return copy
 
 

@@ -18,7 +18,7 @@ print("ran on", keras.backend.backend())
 sys.exit(status)
 """
 # The time goes into LLVM's optimisations of some hundred small programs, not into running them.
-_HASTY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+HASTY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def passed_on_jax(files: list[str], *options: str, timeout: float) -> int:
@@ -34,7 +34,7 @@ def passed_on_jax(files: list[str], *options: str, timeout: float) -> int:
             "KERAS_BACKEND": "jax",
             "JAX_PLATFORMS": "cpu",
             "PYTEST_ADDOPTS": "",
-            "XLA_FLAGS": _HASTY,
+            "XLA_FLAGS": HASTY,
             "PYTHONPATH": os.pathsep.join([str(_FOLDER.parent), os.environ.get("PYTHONPATH", "")]),
         },
         stdout=subprocess.PIPE,

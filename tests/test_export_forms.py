@@ -51,6 +51,20 @@ def test_a_model_of_ones_own_runs_in_onnx_runtime(tmp_path: pathlib.Path):
         assert_alike(logits, model, x)
 
 
+@pytest.mark.slow
+def test_the_portable_form_is_exported_by_keras_itself(tmp_path: pathlib.Path):
+    interpreters = pytest.importorskip("ai_edge_litert.interpreter")
+    model, x = own(9), images(4, 9, 9)
+    condconv.portable(model).export(str(tmp_path / "own.tflite"), format="litert", verbose=False)
+    interpreter = interpreters.Interpreter(str(tmp_path / "own.tflite"))
+    index = interpreter.get_input_details()[0]["index"]
+    interpreter.resize_tensor_input(index, x.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(index, x)
+    interpreter.invoke()
+    assert_alike(interpreter.get_tensor(interpreter.get_output_details()[0]["index"]), model, x)
+
+
 def test_the_portable_form_is_a_copy_that_computes_the_same():
     model = own(9)
     portable = condconv.portable(model)

@@ -26,6 +26,7 @@ from layer_cases import (
     tf_only,
     to_numpy,
 )
+from on_jax import HASTY
 
 from condconv import CondConv2D, CondDense, DepthwiseCondConv2D, Routing
 from condconv.layers import Logits
@@ -171,7 +172,7 @@ def test_new_processes_of_both_backends_load_the_models(tmp_path: pathlib.Path):
         processes[backend] = subprocess.Popen(
             [sys.executable, "-c", LOAD.format(backend=backend), ",".join(SAVED)],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": path, "KERAS_BACKEND": backend},
+            env={**os.environ, "PYTHONPATH": path, "KERAS_BACKEND": backend, "XLA_FLAGS": HASTY},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
