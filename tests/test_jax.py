@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
         pytest.param(
             ["test_normalization.py", "test_stochastic.py"],
             "slow or not slow",
-            100,
+            90,
             marks=pytest.mark.slow,
             id="normalization and dropout",
         ),

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from on_jax import HASTY
 
 from models import list_models
 
@@ -169,7 +170,7 @@ for name in {names}:
         assert jax.jit(model)(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 3)
 print("ran", len({names}))
 """
-    done = python(code, KERAS_BACKEND="jax")
+    done = python(code, KERAS_BACKEND="jax", XLA_FLAGS=HASTY)
     assert done.stdout.strip() == f"ran {len(names)}", done.stderr
 
 
