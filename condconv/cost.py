@@ -51,7 +51,7 @@ def _macs(w: Work) -> tuple[int, int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class LayerCost:
     """The cost of one layer for one image.
 
     Attributes:
@@ -90,7 +90,7 @@ class Cost:
     macs_static: int
     macs_mixing: int
     macs_routing: int
-    rows: tuple[Row, ...]
+    rows: tuple[LayerCost, ...]
     uncounted: tuple[str, ...]
 
     @property
@@ -119,12 +119,12 @@ def count_cost(model: keras.Model, rule: str | None = None, image_size: int | No
     Warns:
         UserWarning: if the model holds anything that cannot be counted (see ``uncounted``).
     """
-    rule = rule or _carried_rule(model)
+    rule = rule or _own_rule(model)
     if rule not in _RULES:
         raise ValueError(f"rule takes one of {', '.join(_RULES)}, not {rule!r}")
     if image_size is not None and (type(image_size) is not int or image_size < 1):
         raise ValueError(f"image_size takes an integer of at least 1, not {image_size!r}")
-    with _watched(model) as calls:
+    with _recorded_calls(model) as calls:
         keras.Operation.compute_output_spec(model, *_inputs(model, image_size))
     work: dict[str, Work] = {}
     operations: dict[str, keras.Operation] = {}
@@ -142,7 +142,7 @@ def count_cost(model: keras.Model, rule: str | None = None, image_size: int | No
         work[name] = work.get(name, Work()) + count(operation, inputs, output)
     if uncounted:
         warnings.warn(f"not counted: {'; '.join(uncounted)}", stacklevel=2)
-    rows = [_row(name, operations[name], work[name], rule) for name in work]
+    rows = [_layer_cost(name, operations[name], work[name], rule) for name in work]
     total = sum(work.values(), Work())
     return Cost(
         rule,
@@ -172,7 +172,7 @@ def count_unbuilt(build: Callable[[], keras.Model], rule: str | None = None) -> 
         return apart.submit(count).result()
 
 
-def _carried_rule(model: keras.Model) -> str:
+def _own_rule(model: keras.Model) -> str:
     rules = [layer.cost_rule for layer in _tree(model).values() if isinstance(layer, Logits)]
     return rules[-1] if rules else "R"
 
@@ -186,12 +186,12 @@ def _inputs(model: keras.Model, image_size: int | None) -> list[Any]:
         shapes = model.get_build_config()
         shapes = shapes.get("shapes_dict", {"input_shape": shapes.get("input_shape")})
         specs = [keras.KerasTensor(shape) for shape in shapes.values()]
-    flat = [keras.KerasTensor(_one_image(model, s.shape, image_size), s.dtype) for s in specs]
+    flat = [keras.KerasTensor(_image_shape(model, s.shape, image_size), s.dtype) for s in specs]
     structure = getattr(model, "_inputs_struct", None)
     return flat if structure is None else [keras.tree.pack_sequence_as(structure, flat)]
 
 
-def _one_image(model: keras.Model, shape: tuple[int | None, ...], image_size: int | None) -> Shape:
+def _image_shape(model: keras.Model, shape: tuple, image_size: int | None) -> Shape:
     shape = (1, *shape[1:])
     if image_size is not None and len(shape) == 4:
         sizes = (image_size, image_size)
@@ -209,7 +209,7 @@ def _channels_first(shape: tuple[int | None, ...]) -> bool:
 
 
 @contextlib.contextmanager
-def _watched(model: keras.Model) -> Iterator[list[tuple[str, Any, list[Shape], Shape]]]:
+def _recorded_calls(model: keras.Model) -> Iterator[list[tuple[str, Any, list[Shape], Shape]]]:
     """Collects (name, operation, shapes of its inputs, shape of its output) of every call."""
     calls: list[tuple[str, Any, list[Shape], Shape]] = []
     operations = _tree(model)
@@ -227,15 +227,15 @@ def _watched(model: keras.Model) -> Iterator[list[tuple[str, Any, list[Shape], S
         vars(operation)[method] = watched
 
     for name, operation in operations.items():
-        watch(name, operation, _entry(operation))
+        watch(name, operation, _call_method(operation))
     try:
         yield calls
     finally:
         for operation in operations.values():
-            del vars(operation)[_entry(operation)]
+            del vars(operation)[_call_method(operation)]
 
 
-def _entry(operation: Any) -> str:
+def _call_method(operation: Any) -> str:
     """Returns the name of the method by which Keras calls an operation."""
     quantized = getattr(operation, "quantization_mode", None) is not None
     return "quantized_call" if quantized else "call"
@@ -292,8 +292,8 @@ def _describe(name: str, operation: Any) -> str:
     return f"{name} ({kind}){own}"
 
 
-def _row(name: str, operation: Any, work: Work, rule: str) -> Row:
+def _layer_cost(name: str, operation: Any, work: Work, rule: str) -> LayerCost:
     inner = {id(v) for child in _children(operation) for v in child.trainable_variables}
     own = [v for v in getattr(operation, "trainable_variables", []) if id(v) not in inner]
     parameters = sum(math.prod(v.shape) for v in own)
-    return Row(name, parameters, *_multiply_adds(work, rule), sum(_macs(work)))
+    return LayerCost(name, parameters, *_multiply_adds(work, rule), sum(_macs(work)))

@@ -271,7 +271,8 @@ def _same_padding(size: int | Tensor, kernel: int, stride: int, dilation: int) -
     if stride == 1:
         total = span - 1
     else:
-        total = (-(-size // stride) - 1) * stride + span - size
+        # Of positive numbers alone: the division that ONNX has rounds negative ones up.
+        total = (size - 1) // stride * stride + span - size
         total = max(total, 0) if isinstance(size, int) else ops.maximum(total, 0)
     return total // 2, total - total // 2
 

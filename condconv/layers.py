@@ -12,210 +12,22 @@ A layer called without routing weights owns a ``Routing`` on its input, so that 
 Sequential model too.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras import activations, constraints, initializers, ops, regularizers
+from keras import ops
 
-from condconv import arguments
 from condconv import ops as conditional
 from condconv.arguments import at_least_one, pair
+from condconv.experts import ConditionalLayer
 from condconv.formulations import Geometry
 from condconv.normalization import at_least_float32
-from condconv.routing import Routing, reseeded
 
 Tensor = Any
 Shape = tuple[int | None, ...]
 
 
-def _each_expert(initializer: Any) -> Callable[..., Tensor]:
-    """Makes an initializer of stacked experts from one of a single expert's shape.
-
-    Drawing the stack at once would count the experts as fan and shrink the kernels; drawing with
-    one initializer again and again would give equal experts, for Keras' initializers repeat
-    themselves. So each expert gets a copy with a seed of its own.
-    """
-    initializer = initializers.get(initializer)
-
-    def draw(shape: Shape, dtype: str | None = None) -> Tensor:
-        experts = (reseeded(initializer, e) for e in range(shape[0]))
-        return ops.stack([expert(shape[1:], dtype=dtype) for expert in experts])
-
-    return draw
-
-
-def _constrain_each_expert(constraint: Any) -> Callable[[Tensor], Tensor] | None:
-    constraint = constraints.get(constraint)
-    if constraint is None:
-        return None
-
-    def constrain(experts: Tensor) -> Tensor:
-        each = ops.unstack(ops.convert_to_tensor(experts))
-        return ops.stack([constraint(expert) for expert in each])
-
-    return constrain
-
-
-class _Conditional(keras.layers.Layer):
-    """What the conditional layers share: experts, a bias for each, and the routing they follow.
-
-    A subclass gives the shape of one expert and how to apply the mixture.
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        *,
-        data_format: str | None = None,
-        activation: Any = None,
-        use_bias: bool = True,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        kernel_regularizer: Any = None,
-        bias_regularizer: Any = None,
-        activity_regularizer: Any = None,
-        kernel_constraint: Any = None,
-        bias_constraint: Any = None,
-        **kwargs: Any,
-    ):
-        # Without autocast the experts are mixed in their own precision, and only the mixture is
-        # cast: casting all n of them in every call costs more than the mixing.
-        super().__init__(activity_regularizer=activity_regularizer, autocast=False, **kwargs)
-        self.num_experts = at_least_one(num_experts, "num_experts")
-        self.data_format = arguments.data_format(data_format)
-        self.activation = activations.get(activation)
-        self.use_bias = use_bias
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.kernel_regularizer = regularizers.get(kernel_regularizer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-        self.kernel_constraint = constraints.get(kernel_constraint)
-        self.bias_constraint = constraints.get(bias_constraint)
-        self.routing = None
-
-    def expert_shape(self, channels: int) -> Shape:
-        """Returns the shape of one expert's kernel for inputs of ``channels``."""
-        raise NotImplementedError
-
-    def output_channels(self, channels: int) -> int:
-        """Returns how many channels come out of inputs of ``channels``."""
-        raise NotImplementedError
-
-    def apply_experts(self, x: Tensor, routing_weights: Tensor, training: bool) -> Tensor:
-        """Applies to ``x`` (channels last) the mixture of the experts."""
-        raise NotImplementedError
-
-    @property
-    def _channel_axis(self) -> int:
-        return 1 if self.data_format == "channels_first" else -1
-
-    def build(self, inputs_shape: Shape, routing_weights_shape: Shape | None = None) -> None:
-        """Makes ``kernel`` (n, …), ``bias`` (n, channels) and, if none is given, the routing."""
-        channels = inputs_shape[self._channel_axis]
-        if channels is None:
-            raise ValueError(
-                f"{type(self).__name__} needs inputs of a known number of channels. "
-                f"Received: shape {inputs_shape}"
-            )
-        if routing_weights_shape is None:
-            self.routing = Routing(
-                self.num_experts,
-                data_format=self.data_format,
-                dtype=self.dtype_policy,
-                name="routing",
-            )
-            self.routing.build(inputs_shape)
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=(self.num_experts, *self.expert_shape(channels)),
-            initializer=_each_expert(self.kernel_initializer),
-            regularizer=self.kernel_regularizer,
-            constraint=_constrain_each_expert(self.kernel_constraint),
-            autocast=False,
-        )
-        self.bias = None
-        if self.use_bias:
-            self.bias = self.add_weight(
-                name="bias",
-                shape=(self.num_experts, self.output_channels(channels)),
-                initializer=_each_expert(self.bias_initializer),
-                regularizer=self.bias_regularizer,
-                constraint=_constrain_each_expert(self.bias_constraint),
-                autocast=False,
-            )
-
-    def call(
-        self, inputs: Tensor, routing_weights: Tensor | None = None, training: bool | None = None
-    ) -> Tensor:
-        """Applies the layer.
-
-        Args:
-            inputs: (B, H, W, C), or (B, C, H, W) where channels come first; (B, …, C) for a
-                dense layer.
-            routing_weights: (B, n), as a ``Routing`` gives them; computed from ``inputs`` by a
-                routing of the layer's own if left out.
-            training: whether a gradient will be asked for.
-
-        Returns:
-            What the static layer would return, in the compute dtype.
-        """
-        if routing_weights is None:
-            routing_weights = self._own_routing(inputs)
-        # Asks for the shape for the sake of its checks, which Keras makes in symbolic calls only.
-        self.compute_output_shape(tuple(inputs.shape), tuple(routing_weights.shape))
-        x = ops.cast(inputs, self.compute_dtype)
-        swap = self._channel_axis == 1 and len(inputs.shape) == 4
-        if swap:
-            x = ops.transpose(x, (0, 2, 3, 1))
-        y = self.apply_experts(x, routing_weights, bool(training))
-        if self.bias is not None:
-            bias = ops.cast(conditional.mix(self.bias, routing_weights), y.dtype)
-            y = y + ops.reshape(bias, (-1, *(1,) * (len(y.shape) - 2), bias.shape[-1]))
-        y = self.activation(y)
-        return ops.transpose(y, (0, 3, 1, 2)) if swap else y
-
-    def _check_routing(self, inputs_shape: Shape, shape: Shape | None) -> None:
-        if shape is None:
-            return
-        if len(shape) != 2 or shape[1] != self.num_experts:
-            raise ValueError(
-                f"{self.name} takes routing weights of shape (batch, {self.num_experts}). "
-                f"Received: shape {shape}"
-            )
-        if None not in (inputs_shape[0], shape[0]) and inputs_shape[0] != shape[0]:
-            raise ValueError(
-                f"{self.name} takes routing weights for each of its {inputs_shape[0]} examples. "
-                f"Received: inputs of shape {inputs_shape}, routing weights of shape {shape}"
-            )
-
-    def _own_routing(self, inputs: Tensor) -> Tensor:
-        if self.routing is None:
-            raise ValueError(
-                f"{self.name} was first called with routing weights, so it has no routing of its "
-                f"own: call it as layer(x, routing_weights)."
-            )
-        return self.routing(inputs)
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the arguments of this layer."""
-        return {
-            **super().get_config(),
-            "num_experts": self.num_experts,
-            "data_format": self.data_format,
-            "activation": activations.serialize(self.activation),
-            "use_bias": self.use_bias,
-            "kernel_initializer": initializers.serialize(self.kernel_initializer),
-            "bias_initializer": initializers.serialize(self.bias_initializer),
-            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
-            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
-            "activity_regularizer": regularizers.serialize(self.activity_regularizer),
-            "kernel_constraint": constraints.serialize(self.kernel_constraint),
-            "bias_constraint": constraints.serialize(self.bias_constraint),
-        }
-
-
-class _ConditionalConv(_Conditional):
+class _ConditionalConv(ConditionalLayer):
     """What the two convolutions share: the geometry of their window, and how it is computed.
 
     Attributes:
@@ -266,7 +78,7 @@ class _ConditionalConv(_Conditional):
         batch, *rest = inputs_shape
         first = self._channel_axis == 1
         *sizes, channels = (*rest[1:], rest[0]) if first else rest
-        case = conditional.here(
+        case = conditional.Case.here(
             kernel_size=self.kernel_size,
             geometry=self._geometry,
             batch=batch,
@@ -286,6 +98,12 @@ class _ConditionalConv(_Conditional):
                 f"Received: shape {inputs_shape}"
             )
         super().build(inputs_shape, routing_weights_shape)
+
+    def apply_experts(self, x: Tensor, routing_weights: Tensor, training: bool) -> Tensor:
+        """Mixes the kernels and convolves each example with its own."""
+        kernels = ops.cast(conditional.mix(self.kernel, routing_weights, training), x.dtype)
+        convolve = getattr(conditional, self.operation)
+        return convolve(x, kernels, self._geometry, training, self.formulation)
 
     def compute_output_shape(
         self, inputs_shape: Shape, routing_weights_shape: Shape | None = None
@@ -387,11 +205,6 @@ class CondConv2D(_ConditionalConv):
         """Returns ``filters``."""
         return self.filters
 
-    def apply_experts(self, x: Tensor, routing_weights: Tensor, training: bool) -> Tensor:
-        """Mixes the kernels and convolves each example with its own."""
-        kernels = ops.cast(conditional.mix(self.kernel, routing_weights, training), x.dtype)
-        return conditional.conv2d(x, kernels, self._geometry, training, self.formulation)
-
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of this layer."""
         return {**super().get_config(), "filters": self.filters}
@@ -440,18 +253,13 @@ class DepthwiseCondConv2D(_ConditionalConv):
         """Returns in · depth_multiplier."""
         return channels * self.depth_multiplier
 
-    def apply_experts(self, x: Tensor, routing_weights: Tensor, training: bool) -> Tensor:
-        """Mixes the kernels and convolves each example's channels with their own."""
-        kernels = ops.cast(conditional.mix(self.kernel, routing_weights, training), x.dtype)
-        return conditional.depthwise_conv2d(x, kernels, self._geometry, training, self.formulation)
-
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of this layer."""
         return {**super().get_config(), "depth_multiplier": self.depth_multiplier}
 
 
 @keras.saving.register_keras_serializable(package="condconv")
-class CondDense(_Conditional):
+class CondDense(ConditionalLayer):
     """A dense layer whose kernel is mixed for each example.
 
     Names, defaults and meaning follow ``keras.layers.Dense``. Call it as

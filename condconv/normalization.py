@@ -66,7 +66,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         y, mean, variance = self._fused(x, [], [], is_training=True)
         # The operation reports the unbiased variance; Keras and the official EfficientNet keep
         # the biased one.
-        variance = variance * _bias(math.prod(ops.shape(x)[:-1]), variance.dtype)
+        variance = variance * _biased_share(math.prod(ops.shape(x)[:-1]), variance.dtype)
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
             old = ops.cast(moving, batch.dtype)
             moving.assign(old * self.momentum + batch * (1.0 - self.momentum))
@@ -87,7 +87,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return outputs.y, outputs.batch_mean, outputs.batch_variance
 
 
-def _bias(count: int | Tensor, dtype: Any) -> float | Tensor:
+def _biased_share(count: int | Tensor, dtype: Any) -> float | Tensor:
     """Returns the biased over the unbiased variance of so many numbers."""
     if isinstance(count, int):  # in a graph of hundreds of these, every operation takes its time
         return max(count - 1, 1) / max(count, 1)

@@ -94,6 +94,13 @@ class Case:
     xla: bool = False
     accelerator: bool = False
 
+    @classmethod
+    def here(cls, **known: Any) -> "Case":
+        """Returns the case of what is ``known``, on the backend, device and compiler in use."""
+        tensorflow = keras.backend.backend() == "tensorflow"
+        device = {"tensorflow": tensorflow, "xla": in_xla(), "accelerator": has_accelerator()}
+        return cls(**(device | known))
+
     @property
     def pointwise(self) -> bool:
         """Whether the kernel sees one position at a time."""
@@ -357,7 +364,7 @@ def _compute(
     training: bool,
     formulation: str | None,
 ) -> Tensor:
-    case = here(
+    case = Case.here(
         kernel_size=tuple(kernels.shape[1:3]),
         geometry=geometry,
         batch=x.shape[0],
@@ -373,10 +380,3 @@ def _compute(
         others = ", ".join(possible(operation, case))
         raise ValueError(f"formulation of {operation}: {why}; possible here: {others}")
     return _FORMULATIONS[operation][name].compute(x, kernels, geometry)
-
-
-def here(**known: Any) -> Case:
-    """Returns the case of what is ``known``, on the backend, device and compiler in use."""
-    tensorflow = keras.backend.backend() == "tensorflow"
-    device = {"tensorflow": tensorflow, "xla": in_xla(), "accelerator": has_accelerator()}
-    return Case(**(device | known))

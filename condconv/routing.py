@@ -75,12 +75,12 @@ class Routing(keras.layers.Layer):
         self.kernel_regularizer = regularizers.get(kernel_regularizer)
         self.bias_regularizer = regularizers.get(bias_regularizer)
         self.hidden_units = at_least_zero(hidden_units, "hidden_units")
-        self._seen: int | None = None  # weights of a routing before this one; unknown before build
+        self._previous_experts: int | None = None  # of the routing before; unknown before build
 
     def build(self, inputs_shape: Shape, previous_weights_shape: Shape | None = None) -> None:
         """Makes the weights for inputs, and weights of a routing before, of these shapes."""
-        self._seen = self._width(previous_weights_shape)
-        channels = self._channels(inputs_shape) + self._seen
+        self._previous_experts = self._experts_of(previous_weights_shape)
+        channels = self._channels(inputs_shape) + self._previous_experts
         self.hidden_kernel = self.hidden_bias = None
         if self.hidden_units:
             kernel = reseeded(self.kernel_initializer, 1)
@@ -98,7 +98,7 @@ class Routing(keras.layers.Layer):
             )
         return shape[1 if self.data_format == "channels_first" else -1]
 
-    def _width(self, shape: Shape | None) -> int:
+    def _experts_of(self, shape: Shape | None) -> int:
         if shape is None:
             return 0
         if len(shape) != 2:
@@ -147,11 +147,11 @@ class Routing(keras.layers.Layer):
         return self.activation(_dense(x, self.kernel, self.bias))
 
     def _check_previous(self, weights: Tensor | None) -> None:
-        seen = self._width(None if weights is None else tuple(weights.shape))
-        if self._seen not in (None, seen):
+        experts = self._experts_of(None if weights is None else tuple(weights.shape))
+        if self._previous_experts not in (None, experts):
             raise ValueError(
-                f"{self.name} sees {self._seen or 'no'} weights of a routing before it, as in its "
-                f"first call. Received: {seen or 'none'}"
+                f"{self.name} sees {self._previous_experts or 'no'} weights of a routing before "
+                f"it, as in its first call. Received: {experts or 'none'}"
             )
 
     def compute_output_spec(

@@ -42,11 +42,11 @@ def _free(layer: Any, inputs: list[Shape], output: Shape) -> Work:
     return Work()
 
 
-def _one_each(layer: Any, inputs: list[Shape], output: Shape) -> Work:
+def _elementwise(layer: Any, inputs: list[Shape], output: Shape) -> Work:
     return Work(elementwise=math.prod(output))
 
 
-def _one_for_each_input(layer: Any, inputs: list[Shape], output: Shape) -> Work:
+def _reduction(layer: Any, inputs: list[Shape], output: Shape) -> Work:
     return Work(elementwise=sum(math.prod(shape) for shape in inputs))
 
 
@@ -155,7 +155,7 @@ _LAYERS: dict[type, Callable[[Any, list[Shape], Shape], Work]] = {
             layers.GlobalMaxPooling2D,
             layers.GlobalMaxPooling3D,
         ),
-        _one_for_each_input,
+        _reduction,
     ),
     **dict.fromkeys(
         (
@@ -200,8 +200,8 @@ _LAYERS: dict[type, Callable[[Any, list[Shape], Shape], Work]] = {
 
 # Functions of keras.ops used between the layers of a functional model.
 _OPERATIONS: dict[str, Callable[[Any, list[Shape], Shape], Work]] = {
-    **dict.fromkeys(("Add", "Subtract", "Multiply", "Divide", "Silu"), _one_each),
-    **dict.fromkeys(("Mean", "Sum"), _one_for_each_input),
+    **dict.fromkeys(("Add", "Subtract", "Multiply", "Divide", "Silu"), _elementwise),
+    **dict.fromkeys(("Mean", "Sum"), _reduction),
     **dict.fromkeys(
         (
             "Cast",

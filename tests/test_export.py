@@ -204,7 +204,7 @@ def test_mixed_precision_is_exported_in_float32():
         model = tiny()
     finally:
         keras.config.set_dtype_policy("float32")
-    copy = export_formats.in_float32(model)
+    copy = condconv.in_float32(model)
     x = np.full((2, 6, 6, 3), 100, "float32")
     assert {layer.compute_dtype for layer in copy.layers} == {"float32"}
     assert 1e-6 < largest_difference(np.asarray(model(x), "float32"), np.asarray(copy(x))) < 0.05

@@ -226,14 +226,3 @@ def test_a_folded_model_outlives_what_is_done_to_the_original():
     model.compile("sgd", "mse")
     model.fit(x, np.ones_like(before), verbose=0)
     np.testing.assert_array_equal(outputs(folded, x)[0], before)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(BACKEND == "jax", reason="the whole run is on JAX already")
-def test_folding_passes_on_jax_without_tensorflow():
-    pytest.importorskip("jax")
-    from test_jax import HASTY, passed_on_jax
-
-    files = ["test_folding.py", "test_folding_graphs.py"]
-    options = ("-m", "not slow")
-    assert passed_on_jax(files, *options, xla_flags=HASTY, timeout=1200) > 50

@@ -1,68 +1,39 @@
-import os
+"""Tests of the layers, on JAX where there is no TensorFlow."""
+
 import pathlib
-import re
-import subprocess
-import sys
 
 import keras
 import pytest
+from on_jax import passed_on_jax
 
-FOLDER = pathlib.Path(__file__).resolve().parent
-# Python refuses to import a module whose place in sys.modules holds None.
-WITHOUT_TENSORFLOW = """
-import sys
-sys.modules["tensorflow"] = None
-import pytest
-status = pytest.main(sys.argv[1:])
-import keras
-print("ran on", keras.backend.backend())
-sys.exit(status)
-"""
-# The time goes into LLVM's optimisations of some hundred small programs, not into running them.
-HASTY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
-
-def passed_on_jax(files: list[str], *options: str, xla_flags: str = "", timeout: float) -> int:
-    """Runs test files on JAX in a process of their own, and returns how many tests passed."""
-    files = [str(FOLDER / file) for file in files]
-    run = subprocess.run(
-        # Without conftest.py, which is for the tests that know they are on TensorFlow.
-        [sys.executable, "-c", WITHOUT_TENSORFLOW, *files, *options]
-        + ["--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=-q"],
-        cwd=FOLDER.parent,
-        env={
-            **os.environ,
-            "KERAS_BACKEND": "jax",
-            "JAX_PLATFORMS": "cpu",
-            "PYTEST_ADDOPTS": "",
-            "XLA_FLAGS": xla_flags,
-            "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
-    assert run.returncode == 0, run.stdout[-20_000:]
-    assert "ran on jax" in run.stdout
-    summary = re.search(r"^(\d+) passed.* in [\d.]+s", run.stdout, re.MULTILINE)
-    assert summary is not None, run.stdout[-2_000:]
-    return int(summary[1])
-
+LAYERS = sorted(path.name for path in pathlib.Path(__file__).parent.glob("test_layers_*.py"))
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() == "jax", reason="the whole run is on JAX already"
 )
 
 
-def test_layers_pass_on_jax_without_tensorflow():
+@pytest.mark.parametrize(
+    ("files", "marked", "least"),
+    [
+        pytest.param(LAYERS, "not slow", 150, id="layers"),
+        pytest.param(LAYERS, "slow", 250, marks=pytest.mark.slow, id="layers, whole matrix"),
+        pytest.param(
+            ["test_normalization.py", "test_stochastic.py"],
+            "slow or not slow",
+            90,
+            marks=pytest.mark.slow,
+            id="normalization and dropout",
+        ),
+        pytest.param(
+            ["test_folding.py", "test_folding_graphs.py"],
+            "not slow",
+            50,
+            marks=pytest.mark.slow,
+            id="folding",
+        ),
+    ],
+)
+def test_they_pass_on_jax_without_tensorflow(files: list[str], marked: str, least: int):
     pytest.importorskip("jax")
-    options = ("-m", "not slow")
-    assert passed_on_jax(["test_layers.py"], *options, xla_flags=HASTY, timeout=300) > 150
-
-
-@pytest.mark.slow
-def test_everything_passes_on_jax_without_tensorflow():
-    pytest.importorskip("jax")
-    files = ["test_layers.py", "test_normalization.py", "test_stochastic.py"]
-    assert passed_on_jax(files, xla_flags=HASTY, timeout=1200) > 500
+    assert passed_on_jax(files, "-m", marked, timeout=1200) > least

@@ -5,36 +5,9 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from layer_cases import BACKEND, MODES, Array, Layer, dtype_of, error, numbers, tf_only, to_numpy
 
 from condconv.normalization import BatchNormalization, PixelNormalization, at_least_float32
-
-Array = np.ndarray
-Layer = keras.layers.Layer
-
-BACKEND = keras.backend.backend()
-MODES = ("eager", "function", "jit") if BACKEND == "tensorflow" else ("jit",)
-tf_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="about TensorFlow's fused operation")
-
-
-def to_numpy(tensor: Any) -> Array:
-    return np.asarray(ops.convert_to_numpy(tensor)).astype("float64")
-
-
-def dtype_of(tensor: Any) -> str:
-    return keras.backend.standardize_dtype(tensor.dtype)
-
-
-def error(actual: Any, expected: Any) -> float:
-    """The largest difference, relative to the largest expected number."""
-    actual, expected = to_numpy(actual), to_numpy(expected)
-    assert actual.shape == expected.shape
-    assert np.all(np.isfinite(actual))
-    return float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
-
-
-def numbers(*shape: int, seed: int = 0, mean: float = 0.0) -> Array:
-    drawn = np.random.default_rng((seed, *shape)).normal(mean, 1.0, shape)
-    return drawn.astype("float32")
 
 
 def set_weights(*layers: Layer) -> None:

@@ -6,23 +6,16 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from layer_cases import BACKEND, Array, Layer, to_numpy
 
 from condconv.stochastic import Dropout, StochasticDepth, seed_scope
 
-Array = np.ndarray
-Layer = keras.layers.Layer
-
-BACKEND = keras.backend.backend()
 COMPILED = ("function", "jit") if BACKEND == "tensorflow" else ("jit",)
 # Every layer with the share that it keeps.
 LAYERS = {
     "dropout": (lambda **kwargs: Dropout(0.3, **kwargs), 0.7),
     "depth": (lambda **kwargs: StochasticDepth(0.8, **kwargs), 0.8),
 }
-
-
-def to_numpy(tensor: Any) -> Array:
-    return np.asarray(ops.convert_to_numpy(tensor)).astype("float64")
 
 
 def draw(layer: Layer, x: Array, seed: tuple[int, int] | None = None) -> Array:

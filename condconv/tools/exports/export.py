@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from condconv import fold_batch_norm
+from condconv import fold_batch_norm, write_onnx
 from condconv.engine import files
 from condconv.engine.errors import RunError, UsageError
 from condconv.tools.exports import export_card, export_formats, export_runtimes
@@ -154,7 +154,7 @@ def _artifacts(
 
     def onnx(model: keras.Model, path: pathlib.Path) -> None:
         texts = {k: json.dumps(v, ensure_ascii=False) for k, v in metadata.items()}
-        export_formats.write_onnx(model, path, texts)
+        write_onnx(model, path, texts)
 
     def litert(precision: str) -> Callable[[keras.Model, pathlib.Path], None]:
         images = calibration.images if calibration else ()

@@ -1,9 +1,7 @@
 """Writes a network in the formats that people deploy.
 
-All take ``images`` (N, H, W, 3) float32, 0–255, for any N, and give ``logits``. How a convolution
-with a kernel for each example is put together differs: TensorFlow runs what ``condconv.ops``
-picks; ONNX Runtime and LiteRT have neither its loop over examples nor depthwise convolutions whose
-number of channels depends on the batch, so these get matrix products and sums of shifted inputs.
+All take ``images`` (N, H, W, 3) float32, 0–255, for any N, and give ``logits``; so does the ONNX
+file that ``condconv.write_onnx`` writes.
 """
 
 import contextlib
@@ -18,10 +16,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from condconv import CondConv2D, DepthwiseCondConv2D
+from condconv import portable
 from condconv.engine.errors import RunError
-
-_OPSET = 18  # of ONNX Runtime 1.14, of February 2023, and all since
 
 # A map of encoded images (N,) to what the signature returns.
 ServeEncoded = Callable[[tf.Tensor], Mapping[str, tf.Tensor]]
@@ -56,22 +52,6 @@ def write_saved_model(
     for name, text in (notes or {}).items():
         (path / "assets.extra").mkdir(exist_ok=True)
         (path / "assets.extra" / name).write_text(text)
-
-
-def write_onnx(
-    model: keras.Model, path: pathlib.Path, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Writes an ONNX file; ``metadata`` becomes its ``metadata_props``."""
-    import onnx
-    import tf2onnx
-
-    signature = [_images(model)]
-    serve = tf.function(_serve(portable(model)), input_signature=signature)
-    proto, _ = tf2onnx.convert.from_function(serve, signature, opset=_OPSET)
-    for value in (*proto.graph.input, *proto.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    onnx.helper.set_model_props(proto, dict(metadata or {}))
-    onnx.save(proto, path)
 
 
 def write_litert(
@@ -125,34 +105,6 @@ def _images(model: keras.Model) -> tf.TensorSpec:
 
 def _serve(model: keras.Model) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
     return lambda images: {"logits": model(images, training=False)}
-
-
-def in_float32(model: keras.Model) -> keras.Model:
-    """Returns a model that computes in float32: itself, or a copy with the same weights."""
-    if all(layer.compute_dtype == "float32" for layer in model._flatten_layers()):
-        return model
-
-    def clone(layer: keras.Layer) -> keras.Layer:
-        return type(layer).from_config(layer.get_config() | {"dtype": "float32"})
-
-    copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
-    copy.set_weights(model.get_weights())
-    return copy
-
-
-def portable(model: keras.Model) -> keras.Model:
-    """Returns a copy whose conditional convolutions are made of operations that all runtimes have.
-
-    It is to be traced, not to be saved: what it differs in is no part of a layer's config.
-    """
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
-    for layer in copy._flatten_layers():
-        if isinstance(layer, CondConv2D):
-            layer.formulation = "matmul" if layer.kernel_size == (1, 1) else "shifts"
-        elif isinstance(layer, DepthwiseCondConv2D):
-            layer.formulation = "taps"
-    return copy
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ import keras
 import tensorflow as tf
 from etils import epath
 
+from condconv import in_float32
 from condconv.engine import checkpoints, config, files, keras_file
 from condconv.engine.errors import UsageError
 from condconv.engine.experiment import Experiment, build_data, build_model
-from condconv.tools.exports.export_formats import in_float32
 
 _WEIGHTS = {"ema": "averaged", "raw": "raw"}  # for people
 
