@@ -1,9 +1,13 @@
-"""The two ways in which a command ends badly."""
+"""The two ways in which a command ends badly, each with its exit code."""
 
 
 class UsageError(Exception):
-    """What changing flags, config or paths would cure; found before the first step. Exit code 2."""
+    """What changing flags, config or paths would cure; found before the first step."""
+
+    exit_code = 2
 
 
 class RunError(Exception):
-    """A failure after the first step, told in one line. Exit code 1."""
+    """A failure after the first step, told in one line."""
+
+    exit_code = 1
