@@ -101,9 +101,10 @@ def check_output(flag: str, name: str | None, ending: str = "") -> None:
     """Refuses a file to be, if one is named, of another ending or that cannot be written."""
     if name and not name.lower().endswith(ending):
         raise WrongCall(f"{flag}={name} has to end in {ending}")
-    if _is_local(name) and os.path.isdir(name):
-        raise WrongCall(f"{flag}={name} is a folder: name a file")
-    _check_folder_around(flag, name)
+    if _is_local(name):
+        if os.path.isdir(name):
+            raise WrongCall(f"{flag}={name} is a folder: name a file")
+        _make_folder_around(flag, name)
 
 
 def check_new_folder(flag: str, name: str) -> None:
@@ -112,22 +113,23 @@ def check_new_folder(flag: str, name: str) -> None:
         raise WrongCall(f"{flag}={name} is not local: name a folder here, and copy it")
     if os.listdir(name) if os.path.isdir(name) else os.path.lexists(name):
         raise WrongCall(f"{flag}={name} exists: name a new folder, or remove it")
-    _check_folder_around(flag, name)
+    _make_folder_around(flag, name)
 
 
 def _is_local(name: str | None) -> bool:
     return bool(name) and "://" not in name
 
 
-def _check_folder_around(flag: str, name: str | None) -> None:
-    """Refuses a name in a folder that can neither be written to nor made."""
-    if not _is_local(name):
-        return
-    folder = there = os.path.dirname(os.path.abspath(name))
-    while not os.path.exists(there):
-        there = os.path.dirname(there)
-    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        raise WrongCall(f"the folder of {flag}={folder} cannot be written to: name another folder")
+def _make_folder_around(flag: str, name: str) -> None:
+    folder = os.path.dirname(os.path.abspath(name))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise WrongCall(
+            f"the folder of {flag}={folder} cannot be written to ({error.strerror}): "
+            "name another folder"
+        ) from error
 
 
 def import_backend() -> None:

@@ -38,16 +38,18 @@ def main(_: list[str]) -> None:
     command.check_configs(_GIN_FILE.value)
     command.check_new_folder("--output", _OUTPUT.value)
     command.import_backend()
+    import pathlib
+
     from condconv.tools import tables
     from condconv.tools.exports import export, export_calibration, export_source
 
     export.check_packages(_FORMAT.value)
-    output = export.check_output(_OUTPUT.value)
     experiment = export_source.experiment(_WORKDIR.value, _GIN_FILE.value, _GIN_PARAM.value)
     source, calibration = _source(experiment), None
     if "litert" in _FORMAT.value and "int8" in _PRECISION.value:
         calibration = export_calibration.read(experiment, source.model, _IMAGES.value)
     options = {"precisions": _PRECISION.value, "fold": _FOLD.value, "calibration": calibration}
+    output = pathlib.Path(_OUTPUT.value)
     tables.show(export.export(source, _FORMAT.value, output, **options), _JSON.value)
 
 
