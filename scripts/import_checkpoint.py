@@ -39,7 +39,7 @@ def main(_: list[str]) -> None:
     command.check_output("--output", _OUTPUT.value)
     command.import_backend()
     from condconv.engine import files
-    from condconv.engine.errors import UsageError, in_one_line
+    from condconv.engine.errors import UsageError
     from condconv.tools import published_weights as published
     from condconv.tools import tables
     from models.imported import import_network
@@ -50,8 +50,10 @@ def main(_: list[str]) -> None:
     arguments = {"image_size": _IMAGE_SIZE.value, "width": _WIDTH.value}
     if _NORMALIZATION.value:
         arguments["normalization"] = _NORMALIZATION.value
-    with in_one_line(UsageError, f"--source={_SOURCE.value}", (ValueError,)):
+    try:
         network, done = import_network(source, _MODEL.value, _NUM_EXPERTS.value, **arguments)
+    except ValueError as error:  # of ours, of several lines
+        raise UsageError(f"--source={_SOURCE.value}: {error}") from error
     published.save(network, output)
     done |= {"output": _OUTPUT.value}
     if _JSON.value:
