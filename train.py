@@ -36,7 +36,7 @@ def main(_: list[str]) -> int:
         return 0
     workdir = files.path(_WORKDIR.value)
     outcome = loop.train(experiment, workdir, _TPU.value)
-    if outcome.model is not None and outcome.exit_code == 0:
+    if outcome.model is not None:
         report.conclude(outcome.model, workdir)
     return outcome.exit_code
 
