@@ -22,14 +22,16 @@ _GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Binding over the config
 
 def main(_: list[str]) -> None:
     """Evaluates the checkpoint, or the file, on ``Experiment.eval_split``."""
-    from condconv.engine.errors import UsageError
-
     if (_WORKDIR.value is None) == (_SOURCE.value is None):
-        raise UsageError("needs one of --workdir=FOLDER and --source=FILE; see --help")
+        raise command.WrongCall("needs one of --workdir=FOLDER and --source=FILE; see --help")
     if bool(_GIN_FILE.value) != bool(_SOURCE.value):
-        raise UsageError(
+        raise command.WrongCall(
             "--source needs --gin_file=FILE, which has the data, and nothing else does"
         )
+    command.check_run(_WORKDIR.value)
+    command.check_there([_SOURCE.value], "--source=")
+    command.check_configs(_GIN_FILE.value)
+    command.import_backend()
     print(json.dumps(_of_file() if _SOURCE.value else _of_run()))
 
 

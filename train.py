@@ -18,20 +18,27 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs:
 
 
 def main(_: list[str]) -> int:
-    """Trains, or goes on where the workdir left off."""
-    from condconv.engine import config, files
-    from condconv.engine import loop as training
-    from condconv.engine.errors import UsageError
-    from condconv.tools import dry_run, tables
-
+    """Trains, or goes on where the workdir left off, and then writes what it costs and a report."""
     if not _GIN_FILE.value or not (_WORKDIR.value or _DRY_RUN.value):
-        raise UsageError("needs --gin_file=FILE and --workdir=FOLDER (or --dry_run); see --help")
+        raise command.WrongCall(
+            "needs --gin_file=FILE and --workdir=FOLDER (or --dry_run); see --help"
+        )
+    command.check_configs(_GIN_FILE.value)
+    command.import_backend()
+    from condconv.engine import config, files, loop
+    from condconv.tools import dry_run, tables
+    from condconv.tools.reports import report
+
     experiment = config.load(_GIN_FILE.value, _GIN_PARAM.value)
     if _DRY_RUN.value:
         facts = dry_run.dry_run(experiment, _DRY_RUN_BATCH.value, _TPU.value)
         tables.show([{"what": name, "is": value} for name, value in facts.items()], False)
         return 0
-    return training.train(experiment, files.path(_WORKDIR.value), _TPU.value).exit_code
+    workdir = files.path(_WORKDIR.value)
+    outcome = loop.train(experiment, workdir, _TPU.value)
+    if outcome.model is not None:
+        report.conclude(outcome.model, workdir)
+    return outcome.exit_code
 
 
 if __name__ == "__main__":

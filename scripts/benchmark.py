@@ -3,12 +3,13 @@
 python scripts/benchmark.py --mode=train --model=efficientnet_b0 --against=official_loop
 """
 
-import json
-
 from absl import flags
 
-from condconv.tools.benchmarks.comparison import AGAINST, BACKENDS, FORMS, PRECISIONS, Comparison
 from scripts import command
+
+_AGAINST = ("static", "engine", "official_loop", "keras_applications", "timm")
+_BACKENDS, _PRECISIONS = ("tensorflow", "jax"), ("float32", "mixed_bfloat16", "mixed_float16")
+_FORMS = ("variables", "folded", "frozen", "folded_frozen")
 
 _MODE = flags.DEFINE_enum("mode", "input", ["infer", "train", "input"], "What to measure.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "1, 16, 128 by default.", lower_bound=1)
@@ -23,11 +24,11 @@ _NETWORK = (
     flags.DEFINE_float("width", 1.0, "Multiplier of the filters.", lower_bound=0),
     flags.DEFINE_integer("image_size", 224, "Height and width.", lower_bound=1),
     flags.DEFINE_integer("num_classes", 1000, "Classes.", lower_bound=1),
-    flags.DEFINE_multi_enum("against", None, AGAINST, "What to compare with; the static twin."),
+    flags.DEFINE_multi_enum("against", None, _AGAINST, "What to compare with; static, engine."),
     flags.DEFINE_string("timm_python", None, "Python interpreter that has timm."),
-    flags.DEFINE_enum("backend", "tensorflow", BACKENDS, "Keras' backend."),
-    flags.DEFINE_enum("precision", "float32", PRECISIONS, "Keras' policy."),
-    flags.DEFINE_enum("form", "variables", FORMS, "Of our networks in inference."),
+    flags.DEFINE_enum("backend", "tensorflow", _BACKENDS, "Keras' backend."),
+    flags.DEFINE_enum("precision", "float32", _PRECISIONS, "Keras' policy."),
+    flags.DEFINE_enum("form", "variables", _FORMS, "Of our networks in inference."),
     flags.DEFINE_bool("xla", False, "Have XLA compile the whole step; JAX always does."),
     flags.DEFINE_bool("dynamic_batch", False, "Compile for a batch of any size."),
     flags.DEFINE_integer("threads", 1, "Threads and cores of each.", lower_bound=1),
@@ -37,6 +38,9 @@ _NETWORK = (
 
 def main(_: list[str]) -> None:
     """Prints tables and what they mean."""
+    if _MODE.value == "input":
+        command.check_configs(_GIN_FILE.value)
+    command.import_backend()
     from condconv.tools import tables
     from condconv.tools.benchmarks import input_benchmark, network_benchmark
 
@@ -45,17 +49,12 @@ def main(_: list[str]) -> None:
         result = input_benchmark.measure(*config, _ROUNDS.value or 7, _RATE.value, command.tell)
     else:
         result = network_benchmark.measure(_comparison(), _ROUNDS.value or 15, command.tell)
-    if _JSON.value:
-        print(json.dumps(result, indent=2))
-        return
-    for rows in (result[name] for name in ("stages", "compared", "contenders") if name in result):
-        tables.show(rows, False)
-        print()
-    print("\n".join(result["conclusions"]))
+    tables.show_measured(result, _JSON.value)
 
 
-def _comparison() -> Comparison:
+def _comparison() -> object:
     from condconv.engine.errors import UsageError
+    from condconv.tools.benchmarks.comparison import Comparison
     from models import list_models
     from models.paper import PAPER
 

@@ -13,13 +13,15 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON: a list of objects.")
 
 def main(workdirs: list[str]) -> None:
     """Prints the table and, if asked, the path of the plot."""
+    if not workdirs:
+        raise command.WrongCall("needs the folder of a run at least; see --help")
+    command.check_there(workdirs)
+    command.check_output("--output", _OUTPUT.value)
+    command.import_backend()
     from condconv.engine import files
-    from condconv.engine.errors import UsageError
     from condconv.tools import tables
     from condconv.tools.reports import report
 
-    if not workdirs:
-        raise UsageError("needs the folder of a run at least; see --help")
     paths = [files.path(workdir) for workdir in workdirs]
     rows = report.compare(paths)
     if _OUTPUT.value:

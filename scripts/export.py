@@ -27,21 +27,29 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 def main(_: list[str]) -> None:
     """Writes the folder, and prints a row for each file in it that was checked."""
-    from condconv.engine.errors import UsageError
+    if (_WORKDIR.value is None) == (_SOURCE.value is None):
+        raise command.WrongCall("needs one of --workdir=FOLDER and --source=FILE.keras; see --help")
+    if not (_FORMAT.value and _OUTPUT.value):
+        raise command.WrongCall(
+            "needs --format=FORMAT, once or more, and --output=FOLDER; see --help"
+        )
+    command.check_run(_WORKDIR.value)
+    command.check_keras_file(_SOURCE.value)
+    command.check_configs(_GIN_FILE.value)
+    command.check_new_folder("--output", _OUTPUT.value)
+    command.import_backend()
+    import pathlib
+
     from condconv.tools import tables
     from condconv.tools.exports import export, export_calibration, export_source
 
-    if (_WORKDIR.value is None) == (_SOURCE.value is None):
-        raise UsageError("needs one of --workdir=FOLDER and --source=FILE.keras; see --help")
-    if not (_FORMAT.value and _OUTPUT.value):
-        raise UsageError("needs --format=FORMAT, once or more, and --output=FOLDER; see --help")
     export.check_packages(_FORMAT.value)
-    output = export.check_output(_OUTPUT.value)
     experiment = export_source.experiment(_WORKDIR.value, _GIN_FILE.value, _GIN_PARAM.value)
     source, calibration = _source(experiment), None
     if "litert" in _FORMAT.value and "int8" in _PRECISION.value:
         calibration = export_calibration.read(experiment, source.model, _IMAGES.value)
     options = {"precisions": _PRECISION.value, "fold": _FOLD.value, "calibration": calibration}
+    output = pathlib.Path(_OUTPUT.value)
     tables.show(export.export(source, _FORMAT.value, output, **options), _JSON.value)
 
 

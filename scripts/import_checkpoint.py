@@ -32,14 +32,18 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 def main(_: list[str]) -> None:
     """Writes the file, and prints what is in it."""
+    if not (_MODEL.value and _SOURCE.value and (_OUTPUT.value or "").endswith(".keras")):
+        raise command.WrongCall(
+            "needs --model=NAME, --source=FILE and --output=FILE.keras; see --help"
+        )
+    command.check_output("--output", _OUTPUT.value)
+    command.import_backend()
     from condconv.engine import files
     from condconv.engine.errors import UsageError
     from condconv.tools import published_weights as published
     from condconv.tools import tables
     from models.imported import import_network
 
-    if not (_MODEL.value and _SOURCE.value and (_OUTPUT.value or "").endswith(".keras")):
-        raise UsageError("needs --model=NAME, --source=FILE and --output=FILE.keras; see --help")
     output = files.path(_OUTPUT.value)
     files.check_output(output, "--output")
     source = published.read(_SOURCE.value, _EMA.value)
@@ -48,7 +52,7 @@ def main(_: list[str]) -> None:
         arguments["normalization"] = _NORMALIZATION.value
     try:
         network, done = import_network(source, _MODEL.value, _NUM_EXPERTS.value, **arguments)
-    except ValueError as error:
+    except ValueError as error:  # of ours, of several lines
         raise UsageError(f"--source={_SOURCE.value}: {error}") from error
     published.save(network, output)
     done |= {"output": _OUTPUT.value}

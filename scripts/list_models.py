@@ -12,6 +12,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON: a list of objects.")
 
 def main(_: list[str]) -> None:
     """Builds and counts each network; multiply-adds are for one image of 224×224."""
+    command.import_backend()
     import functools
 
     from condconv.cost import count_unbuilt

@@ -21,14 +21,18 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 def main(images: list[str]) -> int:
     """Prints a row for each class; returns 1 if an image could not be read."""
+    if not images or (_WORKDIR.value is None) == (_SOURCE.value is None):
+        raise command.WrongCall(
+            "needs IMAGE… and one of --workdir=FOLDER and --source=FILE; see --help"
+        )
+    command.check_run(_WORKDIR.value)
+    command.check_there([_SOURCE.value], "--source=")
+    command.check_there(images)
+    command.check_output("--png", _PNG.value, ".png")
+    command.import_backend()
     from condconv.engine import files
-    from condconv.engine.errors import UsageError
     from condconv.tools import pictures, prediction, tables
 
-    if not images or (_WORKDIR.value is None) == (_SOURCE.value is None):
-        raise UsageError("needs IMAGE… and one of --workdir=FOLDER and --source=FILE; see --help")
-    if _PNG.value:
-        pictures.check_png(files.path(_PNG.value), "--png")
     paths = prediction.find_images(images)
     classifier = _of_file() if _SOURCE.value else _of_run()
     found = list(prediction.predict(classifier, paths, _TOP.value))
@@ -41,20 +45,18 @@ def main(images: list[str]) -> int:
 
 def _of_run() -> object:
     from condconv.engine import config, files
-    from condconv.tools.exports import export_source
+    from condconv.engine.restore import restore
     from condconv.tools.prediction import Classifier
 
-    workdir = files.path(_WORKDIR.value)
+    workdir, as_exported = files.path(_WORKDIR.value), {"stand_in": True, "in_float32": True}
     run = config.load_run(workdir)
-    source = export_source.of_run(run, workdir, _CHECKPOINT.value, _EMA.value)
-    shape = source.model.input_shape
-    return Classifier(str(workdir), source.model, shape, source.evaluate, source.class_names)
+    found = restore(run, workdir, _CHECKPOINT.value, _EMA.value, **as_exported)
+    evaluate, names = found.data.preprocessing.evaluate, found.data.class_names
+    return Classifier(str(workdir), found.model, found.model.input_shape, evaluate, names)
 
 
 def _of_file() -> object:
-    import sys
-
-    from condconv.engine.experiment import blaming_the_config
+    from condconv.engine.errors import UsageError, in_one_line
     from condconv.tools import network_file
     from condconv.tools.prediction import Classifier
     from data.class_names import imagenet_class_names
@@ -63,8 +65,8 @@ def _of_file() -> object:
     network = network_file.open_file(_SOURCE.value)
     size = network.input_shape[1] or 224
     if not network.preprocessing:
-        print(f"{network.name} does not say how images are cut: ImageNet's way", file=sys.stderr)
-    with blaming_the_config():
+        command.tell(f"{network.name} does not say how images are cut: ImageNet's way")
+    with in_one_line(UsageError, errors=(ValueError, TypeError)):
         evaluate = recorded(network.preprocessing, size).evaluate
     names = network.labels or (imagenet_class_names() if network.num_classes == 1000 else ())
     return Classifier(network.name, network, network.input_shape, evaluate, names)

@@ -20,15 +20,16 @@ _ALLOW_INCOMPLETE = flags.DEFINE_bool(
 
 def main(_: list[str]) -> None:
     """Prepares the data set, and says what there is and what to do with it."""
-    import sys
-
+    if not (_TRAIN_TAR.value and _VAL_TAR.value and _DATA_DIR.value):
+        raise command.WrongCall(
+            "needs --train_tar=FILE, --val_tar=FILE and --data_dir=FOLDER; see --help"
+        )
+    command.import_backend()
     import tensorflow as tf
 
     from condconv.engine.errors import RunError, UsageError
     from data.prepare import prepare
 
-    if not (_TRAIN_TAR.value and _VAL_TAR.value and _DATA_DIR.value):
-        raise UsageError("needs --train_tar=FILE, --val_tar=FILE and --data_dir=FOLDER; see --help")
     tf.config.set_visible_devices([], "GPU")  # of no use here, and TensorFlow would fill it
     try:
         done = prepare(_TRAIN_TAR.value, _VAL_TAR.value, _DATA_DIR.value, _ALLOW_INCOMPLETE.value)
@@ -37,7 +38,7 @@ def main(_: list[str]) -> None:
     except (OSError, RuntimeError) as error:
         raise RunError(str(error)) from error
     except (KeyboardInterrupt, SystemExit):
-        print("prepare_imagenet.py: stopped; nothing was kept", file=sys.stderr)
+        command.tell("prepare_imagenet.py: stopped; nothing was kept")
         raise
     _show(done)
 

@@ -15,18 +15,18 @@ _OUTPUT = flags.DEFINE_string(
 
 def main(workdirs: list[str]) -> None:
     """Writes the page, prints its path, and names on stderr what was left out."""
-    import sys
-
+    if not workdirs or (len(workdirs) > 1 and not _OUTPUT.value):
+        raise command.WrongCall("needs one folder, or several and --output=FILE; see --help")
+    command.check_there(workdirs)
+    command.check_output("--output", _OUTPUT.value)
+    command.import_backend()
     from condconv.engine import files
-    from condconv.engine.errors import UsageError
     from condconv.tools.reports import report
 
-    if not workdirs or (len(workdirs) > 1 and not _OUTPUT.value):
-        raise UsageError("needs one folder, or several and --output=FILE; see --help")
     paths = [files.path(workdir) for workdir in workdirs]
     output = files.path(_OUTPUT.value) if _OUTPUT.value else paths[0] / "report.html"
     for problem in report.write(paths, output):
-        print(f"left out: {problem}", file=sys.stderr)
+        command.tell(f"left out: {problem}")
     print(output)
 
 

@@ -22,24 +22,19 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON: a list of objects, one a r
 
 def main(_: list[str]) -> int:
     """Runs what is missing, then prints the table."""
-    from condconv.engine import files
-    from condconv.engine.errors import UsageError
-    from condconv.tools.studies import study_table, study_text
-
     if not _TABLE.value:
-        raise UsageError("needs --table=NAME; see --help")
-    table = study_table.read_table(_TABLE.value)
-    if _DATASET.value == "none":
-        command.import_backend()
-        from condconv.tools.studies import study_costs
-
-        study_text.show_costs(study_costs.cost_lines(table), _JSON.value)
-        return 0
-    if not _WORKDIR.value:
-        raise UsageError(f"--dataset={_DATASET.value} needs --workdir=FOLDER; see --help")
-    from condconv.tools.studies import sweep
+        raise command.WrongCall("needs --table=NAME; see --help")
+    if _DATASET.value != "none" and not _WORKDIR.value:
+        raise command.WrongCall(f"--dataset={_DATASET.value} needs --workdir=FOLDER; see --help")
+    command.import_backend()
+    from condconv.engine import files
+    from condconv.tools.studies import study_costs, study_table, study_text, sweep
     from condconv.tools.studies.study import Study
 
+    table = study_table.read_table(_TABLE.value)
+    if _DATASET.value == "none":
+        study_text.show_costs(study_costs.cost_lines(table), _JSON.value)
+        return 0
     folder = files.path(_WORKDIR.value) / table.name / _DATASET.value
     study = Study(table, _DATASET.value, tuple(_GIN_PARAM.value))
     code = sweep.run(study, folder, range(_SEEDS.value), _JOBS.value)
@@ -49,4 +44,4 @@ def main(_: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.run(main, backend=False)
+    command.run(main)

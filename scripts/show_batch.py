@@ -16,12 +16,14 @@ _STEP = flags.DEFINE_integer("step", 0, "Step whose batch to draw.", lower_bound
 
 def main(_: list[str]) -> None:
     """Draws the first images of a training batch, before and after augmentation."""
+    if not _GIN_FILE.value:
+        raise command.WrongCall("needs --gin_file=FILE; see --help")
+    command.check_configs(_GIN_FILE.value)
+    command.check_output("--output", _OUTPUT.value, ".png")
+    command.import_backend()
     from condconv.engine import config, files
-    from condconv.engine.errors import UsageError
     from condconv.tools import pictures
 
-    if not _GIN_FILE.value:
-        raise UsageError("needs --gin_file=FILE; see --help")
     experiment = config.load(_GIN_FILE.value, _GIN_PARAM.value)
     output = files.path(_OUTPUT.value)
     pictures.draw_batch(experiment, _STEP.value, _IMAGES.value, output)

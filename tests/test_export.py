@@ -187,16 +187,6 @@ def test_packages_of_the_extra_are_asked_for(monkeypatch):
         export.check_packages(["keras", "onnx"])
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path):
-    assert export.check_output(str(tmp_path / "new" / "out")).name == "out"
-    (tmp_path / "x").write_text("")
-    for name in (tmp_path, tmp_path / "x"):
-        with pytest.raises(UsageError, match="exists: name a new folder"):
-            export.check_output(str(name))
-    with pytest.raises(UsageError, match="is not local"):
-        export.check_output("gs://bucket/out")
-
-
 @pytest.mark.slow
 def test_mixed_precision_is_exported_in_float32():
     keras.config.set_dtype_policy("mixed_bfloat16")

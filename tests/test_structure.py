@@ -83,7 +83,6 @@ def test_commands_are_short_leaves():
         assert len((ROOT / leaf).read_text().splitlines()) <= 75, leaf
         assert roots(imports(ROOT / leaf, top_level_only=True)) <= {
             "absl",
-            "condconv",
             "json",
             "scripts",
         }

@@ -11,7 +11,6 @@ import numpy as np
 from etils import epath
 
 from condconv.engine import files
-from condconv.engine.errors import UsageError
 from condconv.engine.experiment import Experiment, build_data, failing_in_one_line
 from condconv.tools.prediction import Prediction
 
@@ -34,18 +33,11 @@ def draw_batch(experiment: Experiment, step: int, count: int, output: epath.Path
         UsageError: if the config or the output do not allow it.
         RunError: if an image cannot be read.
     """
-    check_png(output, "--output")
+    files.check_output(output, "--output")
     data = build_data(experiment, experiment.train_split)
     with failing_in_one_line():
         pairs = _pairs(experiment, data, step, min(count, experiment.batch_size))
     _draw(pairs, data.class_names, f"{data.name}, {experiment.train_split}, step {step}", output)
-
-
-def check_png(output: epath.Path, flag: str) -> None:
-    """Raises a UsageError if ``output`` is no name of a PNG file that can be written."""
-    if output.suffix.lower() != ".png":
-        raise UsageError(f"{flag}={output} has to end in .png")
-    files.check_output(output, flag)
 
 
 def _pairs(experiment: Experiment, data: Any, step: int, count: int) -> list[tuple[dict, dict]]:

@@ -21,6 +21,17 @@ def show(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
         print("  ".join(aligned).rstrip())
 
 
+def show_measured(result: Mapping[str, Any], as_json: bool) -> None:
+    """Prints what a benchmark found: everything as JSON, or its tables and what they mean."""
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    for rows in (result[name] for name in ("stages", "compared", "contenders") if name in result):
+        show(rows, False)
+        print()
+    print("\n".join(result["conclusions"]))
+
+
 def _text(value: Any) -> str:
     if value is None:
         return "–"

@@ -58,22 +58,6 @@ def check_packages(formats: Sequence[str]) -> None:
             )
 
 
-def check_output(name: str) -> pathlib.Path:
-    """Returns the folder to be written.
-
-    Raises:
-        UsageError: if it holds something already, is not local or cannot be made.
-    """
-    if "://" in name:
-        raise UsageError(f"--output={name} is not local: export to a folder here, and copy it")
-    output = pathlib.Path(name)
-    with contextlib.suppress(OSError):  # not there, which is well, or not to be read, told below
-        if output.is_file() or any(output.iterdir()):
-            raise UsageError(f"--output={name} exists: name a new folder, or remove it")
-    files.make_writable(files.path(str(output.absolute().parent)), "the folder of --output")
-    return output
-
-
 def export(
     source: Source,
     formats: Sequence[str],
@@ -91,7 +75,7 @@ def export(
     Args:
         source: to write.
         formats: some of ``FORMATS``.
-        output: folder, from ``check_output``.
+        output: folder, which is not there or empty, in one that is there.
         precisions: of the LiteRT files, some of ``PRECISIONS``.
         fold: whether batch normalisations become part of the convolutions.
         calibration: for "int8", the images it takes.
