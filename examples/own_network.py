@@ -85,9 +85,7 @@ def main() -> None:
         print(f"{name}: accuracy {accuracy:.2f}, loaded it differs by {difference:.1g}")
     print(f"functional: {condconv.count_cost(models['functional']).multiply_adds:,} multiply-adds")
     if arguments.onnx:
-        from condconv.tools.exports.export_formats import write_onnx
-
-        write_onnx(models["functional"], arguments.output / "functional.onnx")
+        condconv.write_onnx(models["functional"], arguments.output / "functional.onnx")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main(_: list[str]) -> None:
     """Writes the folder, and prints a row for each file in it that was checked."""
     from condconv.engine.errors import UsageError
     from condconv.tools import tables
-    from condconv.tools.exports import export, export_calibration, export_source
+    from condconv.tools.exports import calibration, export, trained_network
 
     if (_WORKDIR.value is None) == (_SOURCE.value is None):
         raise UsageError("needs one of --workdir=FOLDER and --source=FILE.keras; see --help")
@@ -37,22 +37,23 @@ def main(_: list[str]) -> None:
         raise UsageError("needs --format=FORMAT, once or more, and --output=FOLDER; see --help")
     export.check_packages(_FORMAT.value)
     output = export.check_output(_OUTPUT.value)
-    experiment = export_source.experiment(_WORKDIR.value, _GIN_FILE.value, _GIN_PARAM.value)
-    source, calibration = _source(experiment), None
+    experiment = trained_network.experiment(_WORKDIR.value, _GIN_FILE.value, _GIN_PARAM.value)
+    network, images = _network(experiment), None
     if "litert" in _FORMAT.value and "int8" in _PRECISION.value:
-        calibration = export_calibration.read(experiment, source.model, _IMAGES.value)
-    options = {"precisions": _PRECISION.value, "fold": _FOLD.value, "calibration": calibration}
-    tables.show(export.export(source, _FORMAT.value, output, **options), _JSON.value)
+        images = calibration.draw(experiment, network.model, _IMAGES.value)
+    options = {"precisions": _PRECISION.value, "fold": _FOLD.value, "calibration": images}
+    tables.show(export.export(network, _FORMAT.value, output, **options), _JSON.value)
 
 
-def _source(experiment: object) -> object:
+def _network(experiment: object) -> object:
     from condconv.engine import files
-    from condconv.tools.exports import export_source
-    from data.recorded import as_of_imagenet
+    from condconv.tools.exports.trained_network import of_file, of_run
+    from data.recorded import as_of_imagenet, preprocessing_in
 
     if _SOURCE.value:
-        return export_source.of_file(_SOURCE.value, as_of_imagenet)
-    return export_source.of_run(experiment, files.path(_WORKDIR.value), _CHECKPOINT.value)
+        return of_file(_SOURCE.value, as_of_imagenet)
+    workdir = files.path(_WORKDIR.value)
+    return of_run(experiment, workdir, _CHECKPOINT.value, preprocessing_in)
 
 
 if __name__ == "__main__":

@@ -41,20 +41,17 @@ def main(images: list[str]) -> int:
 
 def _of_run() -> object:
     from condconv.engine import config, files
-    from condconv.tools.exports import export_source
-    from condconv.tools.prediction import Classifier
+    from condconv.tools import prediction
 
     workdir = files.path(_WORKDIR.value)
     run = config.load_run(workdir)
-    source = export_source.of_run(run, workdir, _CHECKPOINT.value, _EMA.value)
-    shape = source.model.input_shape
-    return Classifier(str(workdir), source.model, shape, source.evaluate, source.class_names)
+    return prediction.of_run(run, workdir, _CHECKPOINT.value, _EMA.value)
 
 
 def _of_file() -> object:
     import sys
 
-    from condconv.engine.experiment import blaming_the_config
+    from condconv.engine.errors import UsageError, in_one_line
     from condconv.tools import network_file
     from condconv.tools.prediction import Classifier
     from data.class_names import imagenet_class_names
@@ -64,7 +61,7 @@ def _of_file() -> object:
     size = network.input_shape[1] or 224
     if not network.preprocessing:
         print(f"{network.name} does not say how images are cut: ImageNet's way", file=sys.stderr)
-    with blaming_the_config():
+    with in_one_line(UsageError, errors=(ValueError,)):
         evaluate = recorded(network.preprocessing, size).evaluate
     names = network.labels or (imagenet_class_names() if network.num_classes == 1000 else ())
     return Classifier(network.name, network, network.input_shape, evaluate, names)

@@ -17,8 +17,8 @@ from PIL import Image
 import condconv
 from condconv.engine.errors import RunError, UsageError
 from condconv.tools import pictures
-from condconv.tools.exports import export, export_formats
-from condconv.tools.exports.export_source import Source
+from condconv.tools.exports import export, formats
+from condconv.tools.exports.trained_network import TrainedNetwork
 from condconv.tools.prediction import Classifier, Prediction, find_images, predict
 from data import folder
 from data.pipeline import Pipeline
@@ -66,8 +66,8 @@ def test_serve_jpeg_equals_our_evaluation_and_so_do_predictions(model, photos, t
     expected = tf.nn.softmax(model(batch["image"])).numpy()
     paths = sorted(photos.iterdir())
     found = list(predict(classifier(model), [epath.Path(path) for path in paths]))
-    source = Source(model, "tests", crops(SIZE).evaluate)
-    export_formats.write_saved_model(model, tmp_path, export.serving(model, source))
+    network = TrainedNetwork(model, "tests", crops(SIZE).evaluate)
+    formats.write_saved_model(model, tmp_path, formats.serve_encoded(model, network))
     serve = tf.saved_model.load(tmp_path).signatures["serve_jpeg"]
     answer = serve(encoded=tf.constant([path.read_bytes() for path in paths]))
     best = np.argsort(-expected, axis=-1)[:, :5]
@@ -101,9 +101,10 @@ def test_a_broken_image_is_named_and_the_others_are_done(model, photos, tmp_path
     assert rows[0]["probability"] > rows[1]["probability"]
 
 
-def test_what_does_not_fit_is_told(model):
-    with pytest.raises(UsageError, match=r"takes images of \(24, 24, 3\), its preprocessing"):
-        Classifier("tests", model, model.input_shape, crops(32).evaluate)
+def test_what_does_not_fit_is_told(model, photos):
+    other = Classifier("tests", model, model.input_shape, crops(32).evaluate)
+    with pytest.raises(UsageError, match=r"takes images of \(24, 24, 3\), its preprocessing cuts"):
+        other.image(epath.Path(photos / "odd.jpg"))
     undefined = Classifier("tests", lambda x: x[:, 0, :, 0] / 0, (None,) * 4, crops(8).evaluate)
     with np.errstate(all="ignore"), pytest.raises(RunError, match="logits that are no numbers"):
         undefined.probabilities(np.ones((2, 8, 8, 3), np.float32))

@@ -18,7 +18,7 @@ import safetensors.numpy
 from etils import epath
 
 from condconv.engine import files
-from condconv.engine.errors import RunError, UsageError
+from condconv.engine.errors import RunError, UsageError, gist
 
 _AVERAGE = "/ExponentialMovingAverage"
 _PICKLES = (".pth", ".pt", ".bin", ".pkl", ".pickle", ".pth.tar")
@@ -37,7 +37,7 @@ Triple = tuple[float, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
+class PublishedWeights:
     """What a published checkpoint holds.
 
     Attributes:
@@ -55,7 +55,7 @@ class Published:
     normalization: tuple[Triple, Triple] | None = None
 
 
-def read(source: str, ema: bool | None = None) -> Published:
+def read(source: str, ema: bool | None = None) -> PublishedWeights:
     """Reads a checkpoint.
 
     Args:
@@ -81,7 +81,7 @@ def read(source: str, ema: bool | None = None) -> Published:
     return _read_tf1(path, ema)
 
 
-def _read_timm(path: epath.Path) -> Published:
+def _read_timm(path: epath.Path) -> PublishedWeights:
     """Reads a state dict; the counts of batches in it are of no use."""
     if not files.is_file(path):
         raise UsageError(f"there is no file --source={path}")
@@ -90,14 +90,14 @@ def _read_timm(path: epath.Path) -> Published:
         values = safetensors.numpy.load(content)
         notes = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except files.path_errors() as error:
-        raise RunError(f"{path} cannot be read ({files.reason(error)})") from error
+        raise RunError(f"{path} cannot be read ({gist(error)})") from error
     except KeyError as error:
         raise UsageError(f"{path} holds numbers of type {error}: save them as F32") from error
     except (safetensors.SafetensorError, ValueError, OverflowError, RecursionError) as error:
         raise RunError(f"{path} is damaged, or no safetensors file ({error})") from error
     metadata = notes.get("__metadata__") or {}
     config = _config(path.parent / "config.json")
-    return Published(
+    return PublishedWeights(
         {
             name: v.astype(np.float32, copy=False)
             for name, v in values.items()
@@ -137,7 +137,7 @@ def _normalization(config: Any) -> tuple[Triple, Triple] | None:
     return mean, deviation
 
 
-def _read_tf1(path: epath.Path, ema: bool | None) -> Published:
+def _read_tf1(path: epath.Path, ema: bool | None) -> PublishedWeights:
     import tensorflow as tf
 
     prefix = _prefix(path)
@@ -149,10 +149,10 @@ def _read_tf1(path: epath.Path, ema: bool | None) -> Published:
         values = {n: reader.get_tensor(stored).astype(np.float32) for n, stored in chosen.items()}
     except (*files.path_errors(), *_UNREADABLE) as error:
         raise RunError(
-            f"the checkpoint {prefix} is damaged, or none ({files.reason(error)}): fetch it again"
+            f"the checkpoint {prefix} is damaged, or none ({gist(error)}): fetch it again"
         ) from error
     averaged = frozenset(name for name, stored in chosen.items() if stored.endswith(_AVERAGE))
-    return Published(values, averaged)
+    return PublishedWeights(values, averaged)
 
 
 def _check_size(prefix: str, shapes: list[list[int]]) -> None:
@@ -219,5 +219,5 @@ def save(model: keras.Model, path: epath.Path) -> None:
             model.save(beside)
             content = beside.read_bytes()
     except OSError as error:
-        raise RunError(f"{path} cannot be written ({files.reason(error)}): make room") from error
+        raise RunError(f"{path} cannot be written ({gist(error)}): make room") from error
     files.write_bytes(path, content)

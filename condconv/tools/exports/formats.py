@@ -1,9 +1,7 @@
-"""Writes a network in the formats that people deploy.
+"""Writes a network in the formats that people deploy; of ONNX, see ``condconv.write_onnx``.
 
-All take ``images`` (N, H, W, 3) float32, 0–255, for any N, and give ``logits``. How a convolution
-with a kernel for each example is put together differs: TensorFlow runs what ``condconv.ops``
-picks; ONNX Runtime and LiteRT have neither its loop over examples nor depthwise convolutions whose
-number of channels depends on the batch, so these get matrix products and sums of shifted inputs.
+All take ``images`` (N, H, W, 3) float32, 0–255, for any N, and give ``logits``. TensorFlow runs
+whichever form of a convolution ``condconv`` picks, LiteRT what ``condconv.portable`` makes of it.
 """
 
 import contextlib
@@ -18,18 +16,41 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from condconv import CondConv2D, DepthwiseCondConv2D
-from condconv.engine.errors import RunError
-
-_OPSET = 18  # of ONNX Runtime 1.14, of February 2023, and all since
+from condconv import portable
+from condconv.tools.exports.trained_network import TrainedNetwork
 
 # A map of encoded images (N,) to what the signature returns.
 ServeEncoded = Callable[[tf.Tensor], Mapping[str, tf.Tensor]]
 
 
-def write_keras(model: keras.Model, path: pathlib.Path) -> None:
-    """Writes a ``.keras`` file."""
-    model.save(path)
+def serve_encoded(model: keras.Model, network: TrainedNetwork) -> ServeEncoded | None:
+    """Returns the map of encoded images (N,) to their best classes; None if it is not known how.
+
+    It gives ``classes`` (N, 5) int32, best first, ``probabilities`` (N, 5) float32 and, where
+    classes have names, ``names`` (N, 5); as many as there are classes, if these are fewer.
+
+    Args:
+        model: of the network, folded or not.
+        network: whose images are to be cut, and whose classes to be named.
+    """
+    if network.evaluate is None:
+        return None
+    best = min(5, model.output_shape[-1])
+    shape = tf.TensorSpec(model.input_shape[1:], tf.float32)
+
+    def image(encoded: tf.Tensor) -> tf.Tensor:
+        return tf.ensure_shape(tf.cast(network.evaluate(encoded), tf.float32), shape.shape)
+
+    def serve(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
+        images = tf.map_fn(image, encoded, fn_output_signature=shape)
+        probabilities = tf.nn.softmax(model(images, training=False))
+        values, classes = tf.math.top_k(probabilities, best)
+        answer = {"classes": classes, "probabilities": values}
+        if network.class_names:
+            answer["names"] = tf.gather(tf.constant(list(network.class_names)), classes)
+        return answer
+
+    return serve
 
 
 def write_saved_model(
@@ -43,7 +64,12 @@ def write_saved_model(
     ``notes``, texts by name, become files in its folder ``assets.extra``, which TensorFlow leaves
     to its users.
     """
-    serve = tf.function(_serve(model), input_signature=[_images(model)])
+    images = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32, name="images")
+
+    @tf.function(input_signature=[images])
+    def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"logits": model(images, training=False)}
+
     signatures = {"serving_default": serve}
     if serve_jpeg:
         encoded = tf.TensorSpec((None,), tf.string, name="encoded")
@@ -56,22 +82,6 @@ def write_saved_model(
     for name, text in (notes or {}).items():
         (path / "assets.extra").mkdir(exist_ok=True)
         (path / "assets.extra" / name).write_text(text)
-
-
-def write_onnx(
-    model: keras.Model, path: pathlib.Path, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Writes an ONNX file; ``metadata`` becomes its ``metadata_props``."""
-    import onnx
-    import tf2onnx
-
-    signature = [_images(model)]
-    serve = tf.function(_serve(portable(model)), input_signature=signature)
-    proto, _ = tf2onnx.convert.from_function(serve, signature, opset=_OPSET)
-    for value in (*proto.graph.input, *proto.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    onnx.helper.set_model_props(proto, dict(metadata or {}))
-    onnx.save(proto, path)
 
 
 def write_litert(
@@ -119,56 +129,14 @@ def write_litert(
             archive.writestr(name, text)
 
 
-def _images(model: keras.Model) -> tf.TensorSpec:
-    return tf.TensorSpec((None, *model.input_shape[1:]), tf.float32, name="images")
-
-
-def _serve(model: keras.Model) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-    return lambda images: {"logits": model(images, training=False)}
-
-
-def in_float32(model: keras.Model) -> keras.Model:
-    """Returns a model that computes in float32: itself, or a copy with the same weights."""
-    if all(layer.compute_dtype == "float32" for layer in model._flatten_layers()):
-        return model
-
-    def clone(layer: keras.Layer) -> keras.Layer:
-        return type(layer).from_config(layer.get_config() | {"dtype": "float32"})
-
-    copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
-    copy.set_weights(model.get_weights())
-    return copy
-
-
-def portable(model: keras.Model) -> keras.Model:
-    """Returns a copy whose conditional convolutions are made of operations that all runtimes have.
-
-    It is to be traced, not to be saved: what it differs in is no part of a layer's config.
-    """
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
-    for layer in copy._flatten_layers():
-        if isinstance(layer, CondConv2D):
-            layer.formulation = "matmul" if layer.kernel_size == (1, 1) else "shifts"
-        elif isinstance(layer, DepthwiseCondConv2D):
-            layer.formulation = "taps"
-    return copy
-
-
 @contextlib.contextmanager
-def one_line(what: str) -> Iterator[None]:
-    """Keeps what converters say off the screen, and turns what they raise into a RunError.
-
-    They write to the descriptor behind stderr, past Python.
-    """
+def silenced_converters() -> Iterator[None]:
+    """Keeps off the screen what converters write to the descriptor behind stderr, past Python."""
     screen = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
-    except Exception as error:
-        said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise RunError(f"{what} cannot be written: {said[0]}") from error
     finally:
         os.dup2(screen, 2)
         os.close(screen)

@@ -23,7 +23,7 @@ Images = np.ndarray
 Logits = np.ndarray
 """(N, classes) float32."""
 
-_MAIN = "import sys; from condconv.tools.exports import export_runtimes as r; r.{}(*sys.argv[1:])"
+_MAIN = f"import sys, {__name__} as runtimes; runtimes.{{}}(*sys.argv[1:])"
 _ANY_SIZE = 64  # height and width of the images that a network of no fixed size is tried with
 
 
@@ -69,10 +69,15 @@ def open_network(path: str) -> Opened:
     return _open(path)
 
 
+def image_shape(input_shape: Sequence[int | None]) -> tuple[int, ...]:
+    """Returns the shape of an image, (H, W, C), to try a network with: any size is made one."""
+    return tuple(size or _ANY_SIZE for size in input_shape[1:])
+
+
 def try_out(path: str) -> None:
     """Runs a file on one black image."""
     network = _open(path)
-    network(np.zeros([1, *(size or _ANY_SIZE for size in network.input_shape[1:])], np.float32))
+    network(np.zeros((1, *image_shape(network.input_shape)), np.float32))
 
 
 def _open(path: str) -> Opened:
