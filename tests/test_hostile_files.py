@@ -182,7 +182,8 @@ def test_other_hostile_files_end_in_one_line(name, tmp_path):
 
 def test_what_crashes_its_runtime_crashes_another_process(tmp_path, monkeypatch):
     (tmp_path / "x.tflite").write_bytes(b"")
-    monkeypatch.setattr(runtimes, "_MAIN", "import os; os.abort()  # {}")
+    (tmp_path / "crash.py").write_text("import os; os.abort()")
+    monkeypatch.setattr(runtimes, "__file__", str(tmp_path / "crash.py"))
     with pytest.raises(RunError, match=r"x\.tflite is damaged: LiteRT crashes on it \(signal 6\)"):
         network_file.open_file(str(tmp_path / "x.tflite"))
 
