@@ -1,13 +1,11 @@
 """All that a run does, in little and without its data: to try before days are spent on it."""
 
 import dataclasses
-import itertools
 import tempfile
 import time
-from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
+import tensorflow as tf
 from etils import epath
 
 from condconv.cost import count_cost
@@ -20,7 +18,6 @@ from condconv.engine.evaluation import Evaluator
 from condconv.engine.experiment import (
     Data,
     Experiment,
-    as_numpy,
     blaming_the_config,
     failing_in_one_line,
 )
@@ -118,8 +115,8 @@ class _Beginning:
     def num_examples(self, split: str) -> int:
         return min(self._count, self._data.num_examples(split))
 
-    def eval_batches(self, split: str, **arguments: Any) -> Iterable[dict[str, np.ndarray]]:
-        return itertools.islice(as_numpy(self._data.eval_batches(split, **arguments)), 1)
+    def eval_batches(self, split: str, **arguments: Any) -> tf.data.Dataset:
+        return self._data.eval_batches(split, **arguments).take(1)
 
 
 def _duration(seconds: float) -> str:

@@ -8,16 +8,13 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any
 
-import keras
-
-from condconv import count_cost
 from condconv.engine import files
 from condconv.engine.errors import RunError, UsageError, in_one_line
+from condconv.engine.evaluation import COST, cost_of
 from condconv.tools.exports.runtimes import Images, Logits, Opened, open_network
 
 _RUNTIMES = {".keras": "keras", ".onnx": "onnxruntime", ".tflite": "ai_edge_litert"}
 _MOST_TEXT = 2**24  # bytes of JSON
-_COST = ("parameters", "multiply_adds", "macs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +69,11 @@ class NetworkFile:
         Args:
             image_size: height and width to count for, where the file leaves them open.
         """
-        if all(isinstance(self.metadata.get(key), int) for key in _COST):
+        if all(isinstance(self.metadata.get(key), int) for key in COST):
             return {key: self.metadata[key] for key in _COST}
         if (model := self.opened.model) is None:
-            return dict.fromkeys(_COST)
+            return dict.fromkeys(COST)
         return cost_of(model, None if self.input_shape[1] else image_size)
-
-
-def cost_of(model: keras.Model, image_size: int | None = None) -> dict[str, int]:
-    """Returns ``parameters``, ``multiply_adds`` and ``macs`` of a network for one image."""
-    cost = count_cost(model, image_size=image_size)
-    return {key: getattr(cost, key) for key in _COST}
 
 
 def open_file(path: str) -> NetworkFile:
