@@ -96,7 +96,7 @@ def test_a_file_scores_what_its_network_does(tmp_path):
     assert result == {
         **expected.summary(3),
         "loss": pytest.approx(expected.summary(3)["loss"]),
-        **network_file.cost_of(model),
+        **evaluation.cost_of(model),
         "dataset": "stripes",
         "split": "test",
         "step": None,

@@ -1,11 +1,7 @@
 """Single images: found, cut as in evaluation, and named, from runs and from exported files."""
 
 import io
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -17,7 +13,7 @@ from PIL import Image
 import condconv
 from condconv.engine.errors import RunError, UsageError
 from condconv.tools import pictures
-from condconv.tools.exports import export, formats
+from condconv.tools.exports import formats
 from condconv.tools.exports.trained_network import TrainedNetwork
 from condconv.tools.prediction import Classifier, Prediction, find_images, predict
 from data import folder
@@ -26,7 +22,6 @@ from data.preprocess import crops
 from data.recorded import recorded
 from data.synthetic import photograph
 
-ROOT = pathlib.Path(__file__).parents[1]
 SIZE = 24
 
 
@@ -136,64 +131,3 @@ def test_predictions_are_drawn(photos, tmp_path, capsys, monkeypatch):
     assert "shows the first 2 of 3 images" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"--png=x\.jpg has to end in \.png"):
         pictures.check_png(epath.Path("x.jpg"), "--png")
-
-
-def call(*command: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-@pytest.mark.slow
-def test_files_of_a_run_score_and_predict_what_it_does(tmp_path):
-    """One short run, exported to every float format; what cannot work ends with code 2."""
-    run, exported = tmp_path / "run", tmp_path / "exported"
-    digits = "--gin_file=configs/digits.gin"
-    short = ("duration = '10 epochs'", "ema_decay = 0.9", "evaluate_every = '10 epochs'")
-    bindings = [f"--gin_param=Experiment.{each}" for each in short]
-    done = call("train.py", digits, "--gin_param=mobilenet_v1.num_experts=3", *bindings,
-                f"--workdir={run}")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    of_run = json.loads(call("eval.py", f"--workdir={run}").stdout)
-    assert of_run["top1"] > 0.2  # above chance: the answers differ
-    formats = [f"--format={name}" for name in export.FORMATS]
-    done = call("scripts/export.py", f"--workdir={run}", *formats, f"--output={exported}")
-    assert done.returncode == 0, done.stderr
-    image = tmp_path / "scan.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)).save(image)
-    named = predicted("--workdir", run, image)
-    for name in ("model.keras", "saved_model", "model.onnx", "model_float32.tflite"):
-        done = call("eval.py", f"--source={exported / name}", digits)
-        assert (done.returncode, said(done)) == (0, []), name
-        found = json.loads(done.stdout)
-        assert found.keys() == of_run.keys()
-        assert found["loss"] == pytest.approx(of_run["loss"], rel=1e-4), name
-        same = found.keys() - {"loss", "step", "weights"}
-        assert {key: found[key] for key in same} == {key: of_run[key] for key in same}
-        assert (found["step"], found["weights"]) == (None, "file")
-        assert predicted("--source", exported / name, image) == pytest.approx(named, abs=1e-4)
-    wrong = "--gin_param=whole.image_size = 16"
-    source = f"--source={exported / 'model.onnx'}"
-    done = call("eval.py", source, digits, wrong)
-    assert done.returncode == 2
-    assert "takes images of 32×32×3 and digits gives 16×16×3" in done.stderr
-    for wrong in ((source,), ("eval.py",), (f"--source={run}", digits)):
-        done = call("eval.py", *wrong)
-        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), wrong
-
-
-def said(done: subprocess.CompletedProcess) -> list[str]:
-    """Returns the lines of stderr, but for LiteRT's on how it computes."""
-    return [line for line in done.stderr.splitlines() if not line.startswith("INFO: ")]
-
-
-def predicted(flag: str, path: pathlib.Path, image: pathlib.Path) -> dict[str, float]:
-    done = call("scripts/predict.py", f"{flag}={path}", str(image), "--json")
-    assert (done.returncode, said(done)) == (0, []), path
-    return {row["name"]: row["probability"] for row in json.loads(done.stdout)}
