@@ -70,7 +70,7 @@ class NetworkFile:
             image_size: height and width to count for, where the file leaves them open.
         """
         if all(isinstance(self.metadata.get(key), int) for key in COST):
-            return {key: self.metadata[key] for key in _COST}
+            return {key: self.metadata[key] for key in COST}
         if (model := self.opened.model) is None:
             return dict.fromkeys(COST)
         return cost_of(model, None if self.input_shape[1] else image_size)
