@@ -40,7 +40,8 @@ def run(tmp_path_factory) -> epath.Path:
 def command(run) -> subprocess.CompletedProcess:
     """The export of the run into the folder ``exported`` beside it."""
     flags = [f"--format={name}" for name in export.FORMATS]
-    flags += ["--precision=float32", "--precision=int8", "--calibration_images=400", "--json"]
+    flags += [f"--precision={name}" for name in export.PRECISIONS]
+    flags += ["--calibration_images=400", "--json"]
     output = f"--output={run.parent / 'exported'}"
     done = call("scripts/export.py", f"--workdir={run}", *flags, output)
     assert done.returncode == 0, done.stderr
@@ -73,7 +74,7 @@ def call(*command: str) -> subprocess.CompletedProcess:
 
 def test_the_export_says_what_it_wrote(command, exported):
     rows = {row["file"]: row for row in json.loads(command.stdout)}
-    assert list(rows) == [*FLOAT, "model_int8.tflite"]
+    assert list(rows) == [*FLOAT, "model_float16.tflite", "model_int8.tflite"]
     assert command.stderr.splitlines() == [f"writing {file}" for file in rows]
     card = (exported / "README.md").read_text()
     assert "| top1 | " in card
