@@ -46,7 +46,7 @@ def draw(experiment: Experiment | None, model: keras.Model, count: int) -> Calib
     splits = (experiment.train_split, experiment.eval_split)
     data = build_data(experiment, *splits)
     check_images_fit(model, data, experiment.eval_split)
-    images, held_out = (_draw_of(data, split, count) for split in splits)
+    images, held_out = (_drawn_images(data, split, count) for split in splits)
     origin = (
         f"{len(images)} images of {data.name}, {splits[0]!r}; compared on {len(held_out)} of "
         f"{splits[1]!r}"
@@ -54,7 +54,7 @@ def draw(experiment: Experiment | None, model: keras.Model, count: int) -> Calib
     return Calibration(images, held_out, origin)
 
 
-def _draw_of(data: Data, split: str, count: int) -> np.ndarray:
+def _drawn_images(data: Data, split: str, count: int) -> np.ndarray:
     """Returns different images, in a random order: files may be sorted by class."""
     count = min(count, data.num_examples(split))
     with in_one_line(RunError, errors=files.path_errors()):
