@@ -14,17 +14,13 @@ def imagenet_synsets() -> tuple[str, ...]:
     return tuple(synset for synset, _ in _table())
 
 
-def imagenet_class_names(short: bool = False) -> tuple[str, ...]:
+def imagenet_class_names() -> tuple[str, ...]:
     """Returns the words for each class, such as "tench, Tinca tinca".
 
     Two classes are called "crane" (134, the bird, and 517, the machine): a name does not tell
     which class is meant, a label or a synset does.
-
-    Args:
-        short: return only the first word of each; then 638 and 639 are both "maillot" as well.
     """
-    names = (name for _, name in _table())
-    return tuple(name.split(", ")[0] if short else name for name in names)
+    return tuple(name for _, name in _table())
 
 
 @functools.cache

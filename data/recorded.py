@@ -1,6 +1,7 @@
-"""How images are cut for an exported network, from what its metadata says."""
+"""How images are cut for an exported network: lines of its run's config, kept in its metadata."""
 
 import ast
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,20 @@ _KINDS = {"crops": crops, "whole": whole}
 _OF_EVALUATION = ("image_size", "resize_method", "antialias", "eval_padding")
 
 
+def preprocessing_in(config: str) -> list[str]:
+    """Returns the lines of a saved config that say how evaluation cuts an image."""
+    which = re.search(r"^pipeline\.preprocessing = @(?:\w+\.)*(\w+)", config, re.MULTILINE)
+    names = ("pipeline.preprocessing ", f"{which[1]}.") if which else ()
+    lines = [line for line in config.splitlines() if line.startswith(names)]
+    return [line for line in lines if ".augmentations = " not in line]
+
+
 def recorded(bindings: Sequence[str], image_size: int) -> Preprocessing:
     """Returns the preprocessing that some lines of a config describe, as far as evaluation goes.
 
     Args:
-        bindings: such as "pipeline.preprocessing = @crops" and "crops.image_size = 224"; without
-            any, it is the official one of ImageNet.
+        bindings: from ``preprocessing_in``, such as "pipeline.preprocessing = @crops" and
+            "crops.image_size = 224"; without any, it is the official one of ImageNet.
         image_size: height and width, where the lines do not say.
 
     Raises:

@@ -41,26 +41,27 @@ def main(_: list[str]) -> None:
     import pathlib
 
     from condconv.tools import tables
-    from condconv.tools.exports import export, export_calibration, export_source
+    from condconv.tools.exports import calibration, export, trained_network
 
     export.check_packages(_FORMAT.value)
-    experiment = export_source.experiment(_WORKDIR.value, _GIN_FILE.value, _GIN_PARAM.value)
-    source, calibration = _source(experiment), None
+    experiment = trained_network.experiment(_WORKDIR.value, _GIN_FILE.value, _GIN_PARAM.value)
+    network, images = _network(experiment), None
     if "litert" in _FORMAT.value and "int8" in _PRECISION.value:
-        calibration = export_calibration.read(experiment, source.model, _IMAGES.value)
-    options = {"precisions": _PRECISION.value, "fold": _FOLD.value, "calibration": calibration}
+        images = calibration.draw(experiment, network.model, _IMAGES.value)
+    options = {"precisions": _PRECISION.value, "fold": _FOLD.value, "calibration": images}
     output = pathlib.Path(_OUTPUT.value)
-    tables.show(export.export(source, _FORMAT.value, output, **options), _JSON.value)
+    tables.show(export.export(network, _FORMAT.value, output, **options), _JSON.value)
 
 
-def _source(experiment: object) -> object:
+def _network(experiment: object) -> object:
     from condconv.engine import files
-    from condconv.tools.exports import export_source
-    from data.recorded import as_of_imagenet
+    from condconv.tools.exports.trained_network import of_file, of_run
+    from data.recorded import as_of_imagenet, preprocessing_in
 
     if _SOURCE.value:
-        return export_source.of_file(_SOURCE.value, as_of_imagenet)
-    return export_source.of_run(experiment, files.path(_WORKDIR.value), _CHECKPOINT.value)
+        return of_file(_SOURCE.value, as_of_imagenet)
+    workdir = files.path(_WORKDIR.value)
+    return of_run(experiment, workdir, _CHECKPOINT.value, preprocessing_in)
 
 
 if __name__ == "__main__":

@@ -45,14 +45,11 @@ def main(images: list[str]) -> int:
 
 def _of_run() -> object:
     from condconv.engine import config, files
-    from condconv.engine.restore import restore
-    from condconv.tools.prediction import Classifier
+    from condconv.tools import prediction
 
-    workdir, as_exported = files.path(_WORKDIR.value), {"stand_in": True, "in_float32": True}
+    workdir = files.path(_WORKDIR.value)
     run = config.load_run(workdir)
-    found = restore(run, workdir, _CHECKPOINT.value, _EMA.value, **as_exported)
-    evaluate, names = found.data.preprocessing.evaluate, found.data.class_names
-    return Classifier(str(workdir), found.model, found.model.input_shape, evaluate, names)
+    return prediction.of_run(run, workdir, _CHECKPOINT.value, _EMA.value)
 
 
 def _of_file() -> object:

@@ -47,14 +47,12 @@ def test_synsets_are_those_of_the_labels_in_tensorflow_datasets():
 def test_known_classes_stand_at_their_labels(label, synset, name):
     assert imagenet_synsets()[label] == synset
     assert imagenet_class_names()[label] == name
-    assert imagenet_class_names(short=True)[label] == name.split(",")[0]
 
 
 def test_a_name_is_given_twice_where_imagenet_does_and_nowhere_else():
     assert len(imagenet_class_names()) == 1000
     assert all(name == name.strip() != "" for name in imagenet_class_names())
     assert twice(imagenet_class_names()) == {"crane": [134, 517]}
-    assert twice(imagenet_class_names(short=True)) == {"crane": [134, 517], "maillot": [638, 639]}
 
 
 def test_the_table_carries_the_notice_that_wordnet_asks_for():

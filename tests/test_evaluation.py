@@ -13,7 +13,7 @@ from condconv.engine import checkpoints, config, evaluation
 from condconv.engine.errors import RunError, UsageError
 from condconv.engine.tasks.classification import classification
 from condconv.tools import network_file
-from condconv.tools.exports.export_runtimes import Opened
+from condconv.tools.exports.runtimes import Opened
 from condconv.tools.network_file import NetworkFile
 from data.pipeline import Pipeline
 from data.preprocess import whole

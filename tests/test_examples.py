@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from condconv.tools.exports.export_runtimes import open_network
+from condconv.tools.exports.runtimes import open_network
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 

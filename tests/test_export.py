@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 import zipfile
 
 import keras
@@ -16,13 +14,9 @@ from condconv import fold_batch_norm
 from condconv.engine import config
 from condconv.engine.errors import RunError, UsageError
 from condconv.normalization import BatchNormalization
-from condconv.tools.exports import (
-    export,
-    export_calibration,
-    export_formats,
-    export_runtimes,
-    export_source,
-)
+from condconv.tools.exports import export, formats, runtimes, trained_network
+from condconv.tools.exports.calibration import Calibration, draw
+from condconv.tools.exports.trained_network import TrainedNetwork
 from models import create_model
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -65,8 +59,8 @@ def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module")
-def source() -> export_source.Source:
-    return export_source.Source(
+def source() -> TrainedNetwork:
+    return TrainedNetwork(
         tiny(),
         "tests",
         lambda encoded: tf.image.resize(tf.io.decode_png(encoded, 3), (6, 6)),
@@ -94,12 +88,12 @@ def test_an_export_runs_elsewhere_and_says_what_it_is(source, tmp_path):
 
 def test_a_saved_model_serves_images_and_encoded_ones(source, tmp_path):
     notes = {"labels.txt": "class 0\n"}
-    serving = export.serving(source.model, source)
-    export_formats.write_saved_model(source.model, tmp_path, serving, notes)
+    serving = formats.serve_encoded(source.model, source)
+    formats.write_saved_model(source.model, tmp_path, serving, notes)
     assert (tmp_path / "assets.extra" / "labels.txt").read_text() == "class 0\n"
     images = np.random.default_rng(1).integers(0, 256, (5, 6, 6, 3)).astype("uint8")
     expected = np.asarray(source.model(images.astype("float32")))
-    found = export_runtimes.open_network(str(tmp_path))(images.astype("float32"))
+    found = runtimes.open_network(str(tmp_path))(images.astype("float32"))
     assert largest_difference(found, expected) < 1e-5
     serve = tf.saved_model.load(tmp_path).signatures["serve_jpeg"]
     answer = serve(encoded=tf.constant([tf.io.encode_png(image).numpy() for image in images]))
@@ -114,7 +108,7 @@ def test_what_says_something_else_is_not_written(source, tmp_path, monkeypatch):
     def wrong(path, batches):
         return [np.asarray(source.model(x)) * 1.001 for x in batches]
 
-    monkeypatch.setattr(export_runtimes, "run_apart", wrong)
+    monkeypatch.setattr(runtimes, "run_apart", wrong)
     with pytest.raises(RunError, match="model.keras differs from the source by 0.001"):
         export.export(source, ["keras"], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -123,7 +117,7 @@ def test_what_says_something_else_is_not_written(source, tmp_path, monkeypatch):
 def test_what_does_not_run_elsewhere_is_told_in_one_line(tmp_path):
     (tmp_path / "x.tflite").write_bytes(b"TFL3")
     with pytest.raises(RunError, match=r"^x\.tflite does not run in a fresh process: ValueError"):
-        export_runtimes.run_apart(tmp_path / "x.tflite", [np.zeros((1, 6, 6, 3), "float32")])
+        runtimes.run_apart(tmp_path / "x.tflite", [np.zeros((1, 6, 6, 3), "float32")])
 
 
 def images(count: int, seed: int) -> np.ndarray:
@@ -132,8 +126,8 @@ def images(count: int, seed: int) -> np.ndarray:
 
 def test_int8_keeps_its_signature_and_the_shape_of_the_function(source, tmp_path):
     path = tmp_path / "x.tflite"
-    export_formats.write_litert(source.model, path, "int8", images(100, 5))
-    run = export_runtimes.open_network(str(path))
+    formats.write_litert(source.model, path, "int8", images(100, 5))
+    run = runtimes.open_network(str(path))
     for batch in (1, 5):
         x = images(batch, 6)
         found, expected = run(x), np.asarray(source.model(x))
@@ -147,11 +141,9 @@ def test_int8_that_says_something_else_is_not_written(broken, source, tmp_path, 
         logits = [np.asarray(source.model(x)) for x in batches]
         return [np.roll(y, 1, -1) if broken == "shuffled" else y * np.nan for y in logits]
 
-    monkeypatch.setattr(export_runtimes, "run_apart", wrong)
-    monkeypatch.setattr(
-        export_formats, "write_litert", lambda model, path, *_: path.write_bytes(b"")
-    )
-    calibration = export_calibration.Calibration(images(2, 0), images(7, 1), "noise")
+    monkeypatch.setattr(runtimes, "run_apart", wrong)
+    monkeypatch.setattr(formats, "write_litert", lambda model, path, *_: path.write_bytes(b""))
+    calibration = Calibration(images(2, 0), images(7, 1), "noise")
     arguments = {"precisions": ["int8"], "calibration": calibration}
     with pytest.raises(RunError, match="of 7 images the class that the source gives: nothing was"):
         export.export(source, ["litert"], tmp_path / "out", **arguments)
@@ -162,22 +154,22 @@ def test_int8_that_says_something_else_is_not_written(broken, source, tmp_path, 
 def test_calibration_draws_from_two_splits():
     experiment = config.load([str(ROOT / "configs" / "digits.gin")])
     model = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.GlobalMaxPooling2D()])
-    drawn = export_calibration.read(experiment, model, 150)
+    drawn = draw(experiment, model, 150)
     assert drawn.images.shape == drawn.held_out.shape == (150, 32, 32, 3)
     assert drawn.images.dtype == np.float32
     assert len(np.unique(drawn.images, axis=0)) == 150
     assert drawn.origin == "150 images of digits, 'train'; compared on 150 of 'test'"
     with pytest.raises(UsageError, match="takes images of 6×6×3 and digits gives 32×32×3"):
-        export_calibration.read(experiment, tiny(), 9)
+        draw(experiment, tiny(), 9)
 
 
 def test_int8_without_images_is_a_wrong_call():
     with pytest.raises(UsageError, match="int8 is calibrated on images: name a config"):
-        export_calibration.read(None, tiny(), 9)
+        draw(None, tiny(), 9)
     with pytest.raises(UsageError, match="--gin_file goes with --source"):
-        export_source.experiment("run", ["x.gin"], [])
+        trained_network.experiment("run", ["x.gin"], [])
     with pytest.raises(UsageError, match="--gin_param goes with"):
-        export_source.experiment(None, [], ["a.b = 1"])
+        trained_network.experiment(None, [], ["a.b = 1"])
 
 
 def test_packages_of_the_extra_are_asked_for(monkeypatch):
@@ -208,13 +200,13 @@ def test_a_damaged_file_is_told_in_one_line(tmp_path):
     for content in (b"", b"PK\3\4 half of an archive", whole[: len(whole) // 2], bytes(flipped)):
         (tmp_path / "x.keras").write_bytes(content)
         with pytest.raises(RunError, match=r"x\.keras cannot be loaded"):
-            export_source.of_file(str(tmp_path / "x.keras"), lambda size, classes: {})
+            trained_network.of_file(str(tmp_path / "x.keras"), lambda size, classes: {})
     with pytest.raises(UsageError, match=r"is no \.keras file"):
-        export_source.of_file(str(tmp_path / "y.keras"), lambda size, classes: {})
+        trained_network.of_file(str(tmp_path / "y.keras"), lambda size, classes: {})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v1", "resnet50"])
+@pytest.mark.parametrize("name", ["efficientnet_b0", "resnet50"])  # test_exported_run has another
 def test_every_format_says_what_the_network_says(name, tmp_path):
     arguments = {"image_size": 32, "num_classes": 10, "width": 0.25, "batch_norm_momentum": 0.0}
     model = disturb(create_model(name, num_experts=8, **arguments))
@@ -222,63 +214,15 @@ def test_every_format_says_what_the_network_says(name, tmp_path):
     images = {n: rng.uniform(0, 255, (n, 32, 32, 3)).astype("float32") for n in (1, 2, 5, 32)}
     if name == "resnet50":  # whose sums of branches would grow from block to block
         model(images[32], training=True)
-    source = export_source.Source(model, "tests")
+    source = TrainedNetwork(model, "tests")
     precisions = ("float32", "float16")
     rows = export.export(source, export.FORMATS, tmp_path / "out", precisions=precisions)
     assert {row["file"]: row["tolerance"] for row in rows} == TOLERANCE
+    expected = {batch: np.asarray(model(x, training=False)) for batch, x in images.items()}
     for file, tolerance in TOLERANCE.items():
-        run = export_runtimes.open_network(str(tmp_path / "out" / file))
+        run = runtimes.open_network(str(tmp_path / "out" / file))
         for batch, x in images.items():
-            found = largest_difference(run(x), np.asarray(model(x, training=False)))
-            assert found < tolerance, (file, batch)
+            assert largest_difference(run(x), expected[batch]) < tolerance, (file, batch)
     int8 = tmp_path / "int8.tflite"  # of noise, no more than that it can be written and run
-    export_formats.write_litert(fold_batch_norm(model), int8, "int8", images[32])
-    assert np.isfinite(export_runtimes.open_network(str(int8))(images[5])).all()
-
-
-@pytest.mark.slow
-def test_int8_agrees_with_a_trained_network(tmp_path):
-    run, flags = tmp_path / "run", ("--format=litert", "--precision=int8", "--json")
-    done = call("train.py", "--gin_file=configs/digits_condconv.gin", f"--workdir={run}")
-    assert done.returncode == 0, done.stderr
-    flags += ("--calibration_images=400", f"--output={tmp_path / 'out'}")
-    done = call("scripts/export.py", f"--workdir={run}", *flags)
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout)
-    assert row["images"] == 360  # all that were held out
-    assert row["agreement"] >= 0.95
-    assert row["bytes"] < 2e6  # a quarter of float32
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "400 images of digits, 'train'; compared on 360 of 'test'" in card
-    assert "`whole.resize_method = 'bicubic'`" in card
-
-
-@pytest.mark.slow
-def test_the_command(tmp_path):
-    """Of a run, and of a file, without batch norm being folded; wrong calls end with code 2."""
-    run, config = tmp_path / "run", ROOT / "configs" / "digits_condconv.gin"
-    train = [f"--gin_file={config}", "--gin_param=Experiment.duration='2 steps'"]
-    assert call("train.py", *train, f"--workdir={run}").returncode == 0
-    assert call("eval.py", f"--workdir={run}").returncode == 0
-    formats = ("--format=saved_model", "--format=keras")
-    output = tmp_path / "exported"
-    done = call("scripts/export.py", f"--workdir={run}", *formats, f"--output={output}", "--json")
-    assert done.returncode == 0, done.stderr
-    assert [row["file"] for row in json.loads(done.stdout)] == ["model.keras", "saved_model"]
-    card = (output / "README.md").read_text()
-    assert "| top1 | " in card
-    assert "Experiment.duration" in card
-    model = f"--source={output / 'model.keras'}"
-    done = call("scripts/export.py", model, "--format=onnx", "--nofold", f"--output={run / 'x'}")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "writing model.onnx\n"
-    for wrong in ((), (model,), (model, "--format=onnx", f"--output={output}")):
-        done = call("scripts/export.py", *wrong)
-        assert done.returncode == 2
-        assert len(done.stderr.splitlines()) == 1
-
-
-def call(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
+    formats.write_litert(fold_batch_norm(model), int8, "int8", images[5])
+    assert np.isfinite(runtimes.open_network(str(int8))(images[5])).all()

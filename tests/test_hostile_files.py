@@ -18,7 +18,7 @@ import pytest
 
 from condconv.engine.errors import RunError
 from condconv.tools import network_file
-from condconv.tools.exports import export_runtimes, export_source
+from condconv.tools.exports import runtimes, trained_network
 
 ROOT = pathlib.Path(__file__).parents[1]
 MARK = "harm-was-done"
@@ -118,7 +118,7 @@ def test_a_hostile_keras_file_ends_in_one_line(kind, tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"x\.keras cannot be loaded: \S"):
         network_file.open_file("x.keras")
     with pytest.raises(RunError, match=r"x\.keras cannot be loaded: \S"):
-        export_source.of_file("x.keras", lambda size, classes: {})
+        trained_network.of_file("x.keras", lambda size, classes: {})
     assert files(tmp_path) == ["x.keras"]
     assert not pathlib.Path("/tmp", MARK).exists()
 
@@ -182,7 +182,8 @@ def test_other_hostile_files_end_in_one_line(name, tmp_path):
 
 def test_what_crashes_its_runtime_crashes_another_process(tmp_path, monkeypatch):
     (tmp_path / "x.tflite").write_bytes(b"")
-    monkeypatch.setattr(export_runtimes, "_MAIN", "import os; os.abort()  # {}")
+    (tmp_path / "crash.py").write_text("import os; os.abort()")
+    monkeypatch.setattr(runtimes, "__file__", str(tmp_path / "crash.py"))
     with pytest.raises(RunError, match=r"x\.tflite is damaged: LiteRT crashes on it \(signal 6\)"):
         network_file.open_file(str(tmp_path / "x.tflite"))
 

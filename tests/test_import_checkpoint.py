@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_named():
     values["MobilenetV1/extra/weights"] = np.zeros(2, np.float32)
     values["MobilenetV1/Conv2d_0/weights"] = np.zeros((8, 3, 3, 3), np.float32)
     with pytest.raises(ValueError) as error:
-        import_network(published.Published(values), "mobilenet_v1", width=0.25)
+        import_network(published.PublishedWeights(values), "mobilenet_v1", width=0.25)
     assert "missing: MobilenetV1/Conv2d_3_depthwise/depthwise_weights\n" in str(error.value)
     assert "left over: MobilenetV1/extra/weights\n" in str(error.value)
     assert "MobilenetV1/Conv2d_0/weights has (8, 3, 3, 3), not (3, 3, 3, 8)" in str(error.value)
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_named():
 @pytest.mark.slow
 def test_networks_of_which_nothing_was_published_are_refused():
     with pytest.raises(ValueError, match="mobilenet_v1' with experts has been published"):
-        import_network(published.Published(quarter()), "mobilenet_v1", 2, width=0.25)
+        import_network(published.PublishedWeights(quarter()), "mobilenet_v1", 2, width=0.25)
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_a_classifier_of_other_classes_is_taken_as_it_is():
     for end in ("weights", "biases"):
         name = f"MobilenetV1/Logits/Conv2d_1c_1x1/{end}"
         values[name] = values[name][..., :10]
-    network, facts = import_network(published.Published(values), "mobilenet_v1", width=0.25)
+    network, facts = import_network(published.PublishedWeights(values), "mobilenet_v1", width=0.25)
     assert network.output.shape[-1] == facts["classes"] == 10
     assert not facts["background_dropped"]
 
@@ -297,9 +297,9 @@ def test_missing_files_are_wrong_calls(tmp_path):
 OURS = {each.name: each for each in released_timm.ARCHITECTURES}
 
 
-def state_dict(name: str, **notes: object) -> published.Published:
+def state_dict(name: str, **notes: object) -> published.PublishedWeights:
     values = {n: np.zeros(shape, np.float32) for n, shape in timm_names.SHAPES[name].items()}
-    return published.Published(values, is_timm=True, **notes)
+    return published.PublishedWeights(values, is_timm=True, **notes)
 
 
 def test_the_network_of_a_file_is_read_beside_it(tmp_path):

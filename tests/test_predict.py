@@ -1,11 +1,7 @@
 """Single images: found, cut as in evaluation, and named, from runs and from exported files."""
 
 import io
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -17,8 +13,8 @@ from PIL import Image
 import condconv
 from condconv.engine.errors import RunError, UsageError
 from condconv.tools import pictures
-from condconv.tools.exports import export, export_formats
-from condconv.tools.exports.export_source import Source
+from condconv.tools.exports import formats
+from condconv.tools.exports.trained_network import TrainedNetwork
 from condconv.tools.prediction import Classifier, Prediction, find_images, predict
 from data import folder
 from data.pipeline import Pipeline
@@ -26,7 +22,6 @@ from data.preprocess import crops
 from data.recorded import recorded
 from data.synthetic import photograph
 
-ROOT = pathlib.Path(__file__).parents[1]
 SIZE = 24
 
 
@@ -66,8 +61,8 @@ def test_serve_jpeg_equals_our_evaluation_and_so_do_predictions(model, photos, t
     expected = tf.nn.softmax(model(batch["image"])).numpy()
     paths = sorted(photos.iterdir())
     found = list(predict(classifier(model), [epath.Path(path) for path in paths]))
-    source = Source(model, "tests", crops(SIZE).evaluate)
-    export_formats.write_saved_model(model, tmp_path, export.serving(model, source))
+    network = TrainedNetwork(model, "tests", crops(SIZE).evaluate)
+    formats.write_saved_model(model, tmp_path, formats.serve_encoded(model, network))
     serve = tf.saved_model.load(tmp_path).signatures["serve_jpeg"]
     answer = serve(encoded=tf.constant([path.read_bytes() for path in paths]))
     best = np.argsort(-expected, axis=-1)[:, :5]
@@ -101,9 +96,10 @@ def test_a_broken_image_is_named_and_the_others_are_done(model, photos, tmp_path
     assert rows[0]["probability"] > rows[1]["probability"]
 
 
-def test_what_does_not_fit_is_told(model):
-    with pytest.raises(UsageError, match=r"takes images of \(24, 24, 3\), its preprocessing"):
-        Classifier("tests", model, model.input_shape, crops(32).evaluate)
+def test_what_does_not_fit_is_told(model, photos):
+    other = Classifier("tests", model, model.input_shape, crops(32).evaluate)
+    with pytest.raises(UsageError, match=r"takes images of \(24, 24, 3\), its preprocessing cuts"):
+        other.image(epath.Path(photos / "odd.jpg"))
     undefined = Classifier("tests", lambda x: x[:, 0, :, 0] / 0, (None,) * 4, crops(8).evaluate)
     with np.errstate(all="ignore"), pytest.raises(RunError, match="logits that are no numbers"):
         undefined.probabilities(np.ones((2, 8, 8, 3), np.float32))
@@ -133,64 +129,3 @@ def test_predictions_are_drawn(photos, tmp_path, capsys, monkeypatch):
     blue, light = (np.all(pixels == colour, axis=-1).sum() for colour in [(0, 114, 178)] * 2)
     assert blue == light > 1000
     assert "shows the first 2 of 3 images" in capsys.readouterr().err
-
-
-def call(*command: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-@pytest.mark.slow
-def test_files_of_a_run_score_and_predict_what_it_does(tmp_path):
-    """One short run, exported to every float format; what cannot work ends with code 2."""
-    run, exported = tmp_path / "run", tmp_path / "exported"
-    digits = "--gin_file=configs/digits.gin"
-    short = ("duration = '10 epochs'", "ema_decay = 0.9", "evaluate_every = '10 epochs'")
-    bindings = [f"--gin_param=Experiment.{each}" for each in short]
-    done = call("train.py", digits, "--gin_param=mobilenet_v1.num_experts=3", *bindings,
-                f"--workdir={run}")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    of_run = json.loads(call("eval.py", f"--workdir={run}").stdout)
-    assert of_run["top1"] > 0.2  # above chance: the answers differ
-    formats = [f"--format={name}" for name in export.FORMATS]
-    done = call("scripts/export.py", f"--workdir={run}", *formats, f"--output={exported}")
-    assert done.returncode == 0, done.stderr
-    image = tmp_path / "scan.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)).save(image)
-    named = predicted("--workdir", run, image)
-    for name in ("model.keras", "saved_model", "model.onnx", "model_float32.tflite"):
-        done = call("eval.py", f"--source={exported / name}", digits)
-        assert (done.returncode, said(done)) == (0, []), name
-        found = json.loads(done.stdout)
-        assert found.keys() == of_run.keys()
-        assert found["loss"] == pytest.approx(of_run["loss"], rel=1e-4), name
-        same = found.keys() - {"loss", "step", "weights"}
-        assert {key: found[key] for key in same} == {key: of_run[key] for key in same}
-        assert (found["step"], found["weights"]) == (None, "file")
-        assert predicted("--source", exported / name, image) == pytest.approx(named, abs=1e-4)
-    wrong = "--gin_param=whole.image_size = 16"
-    source = f"--source={exported / 'model.onnx'}"
-    done = call("eval.py", source, digits, wrong)
-    assert done.returncode == 2
-    assert "takes images of 32×32×3 and digits gives 16×16×3" in done.stderr
-    for wrong in ((source,), ("eval.py",), (f"--source={run}", digits)):
-        done = call("eval.py", *wrong)
-        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), wrong
-
-
-def said(done: subprocess.CompletedProcess) -> list[str]:
-    """Returns the lines of stderr, but for LiteRT's on how it computes."""
-    return [line for line in done.stderr.splitlines() if not line.startswith("INFO: ")]
-
-
-def predicted(flag: str, path: pathlib.Path, image: pathlib.Path) -> dict[str, float]:
-    done = call("scripts/predict.py", f"{flag}={path}", str(image), "--json")
-    assert (done.returncode, said(done)) == (0, []), path
-    return {row["name"]: row["probability"] for row in json.loads(done.stdout)}

@@ -286,11 +286,12 @@ def test_parts_that_share_a_router_share_the_draw_and_routers_see_none_of_it():
 @pytest.mark.parametrize("form", ["saved_model", "onnx", "litert"])
 def test_an_exported_network_says_the_same(form, knobs, tmp_path):
     tf = pytest.importorskip("tensorflow")
-    from condconv.tools.exports import export, export_source
+    from condconv.tools.exports import export
+    from condconv.tools.exports.trained_network import TrainedNetwork
 
     decode = functools.partial(tf.io.decode_png, channels=3)
     names = [f"class {i}" for i in range(3)]
-    source = export_source.Source(example(knobs), "tests", decode, [], names)
+    source = TrainedNetwork(example(knobs), "tests", decode, [], names)
     (row,) = export.export(source, [form], tmp_path / "out")
     assert row["difference"] < 1e-3
 

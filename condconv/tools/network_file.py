@@ -1,23 +1,20 @@
 """Networks in files, as ``scripts/export.py`` writes them, for whoever is given one."""
 
-import contextlib
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import keras
-
-from condconv.cost import count_cost
 from condconv.engine import files
-from condconv.engine.errors import RunError, UsageError
-from condconv.tools.exports.export_runtimes import Images, Logits, Opened, open_network
+from condconv.engine.errors import RunError, UsageError, in_one_line
+from condconv.engine.evaluation import COST, cost_of
+from condconv.tools.exports.runtimes import Images, Logits, Opened, open_network
 
-_SUFFIXES = (".keras", ".onnx", ".tflite")
+_RUNTIMES = {".keras": "keras", ".onnx": "onnxruntime", ".tflite": "ai_edge_litert"}
 _MOST_TEXT = 2**24  # bytes of JSON
-_COST = ("parameters", "multiply_adds", "macs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +24,7 @@ class NetworkFile:
     Attributes:
         name: path of the file.
         opened: computes it.
-        metadata: what is written in it or beside it, or nothing; see ``export_card.metadata``.
+        metadata: what is written in it or beside it, or nothing; see ``card.metadata``.
     """
 
     name: str
@@ -63,7 +60,7 @@ class NetworkFile:
         Raises:
             RunError: if its runtime fails.
         """
-        with _in_one_line(self.name, "cannot be run"):
+        with in_one_line(RunError, f"--source={self.name} cannot be run"):
             return self.opened(images)
 
     def cost(self, image_size: int) -> dict[str, int | None]:
@@ -72,17 +69,11 @@ class NetworkFile:
         Args:
             image_size: height and width to count for, where the file leaves them open.
         """
-        if all(isinstance(self.metadata.get(key), int) for key in _COST):
-            return {key: self.metadata[key] for key in _COST}
+        if all(isinstance(self.metadata.get(key), int) for key in COST):
+            return {key: self.metadata[key] for key in COST}
         if (model := self.opened.model) is None:
-            return dict.fromkeys(_COST)
+            return dict.fromkeys(COST)
         return cost_of(model, None if self.input_shape[1] else image_size)
-
-
-def cost_of(model: keras.Model, image_size: int | None = None) -> dict[str, int]:
-    """Returns ``parameters``, ``multiply_adds`` and ``macs`` of a network for one image."""
-    cost = count_cost(model, image_size=image_size)
-    return {key: getattr(cost, key) for key in _COST}
 
 
 def open_file(path: str) -> NetworkFile:
@@ -96,7 +87,7 @@ def open_file(path: str) -> NetworkFile:
         RunError: if it cannot be opened.
     """
     _check_path(path)
-    with _in_one_line(path, "cannot be loaded"):
+    with in_one_line(RunError, f"--source={path} cannot be loaded"):
         opened = open_network(path)
     shapes = (opened.input_shape, opened.output_shape)
     if [len(shape) for shape in shapes] != [4, 2] or opened.output_shape[-1] is None:
@@ -113,42 +104,30 @@ def _check_path(name: str) -> None:
         raise UsageError(f"--source={name} is not local: copy it to this machine")
     if not path.exists():
         raise UsageError(f"--source={name}: there is no such file or folder")
-    known = path.suffix in _SUFFIXES and files.is_file(path)
+    known = path.suffix in _RUNTIMES and files.is_file(path)
     if not known and not files.is_file(path / "saved_model.pb"):
         raise UsageError(
-            f"--source={name} is no {', '.join(_SUFFIXES)} file, nor the folder of a SavedModel"
+            f"--source={name} is no {', '.join(_RUNTIMES)} file, nor the folder of a SavedModel"
         )
-
-
-@contextlib.contextmanager
-def _in_one_line(path: str, what: str) -> Iterator[None]:
-    """Turns what a runtime raises into one line; each has errors of its own."""
-    try:
-        yield
-    except (UsageError, RunError):
-        raise
-    except ImportError as error:
+    if known and importlib.util.find_spec(_RUNTIMES[path.suffix]) is None:
         raise UsageError(
-            f"--source={path} needs {error.name}: pip install 'condconv[export]'"
-        ) from error
-    except Exception as error:
-        said = str(error).split("Exception encountered: ")[-1].strip().split("\n")[0]
-        raise RunError(f"--source={path} {what}: {said or repr(error)}") from error
+            f"--source={name} needs {_RUNTIMES[path.suffix]}: pip install 'condconv[export]'"
+        )
 
 
 def _metadata(name: str, opened: Opened) -> Mapping[str, Any]:
     """Returns what a file says of itself, or else what ``metadata.json`` beside it says of it."""
-    with _in_one_line(name, "says what cannot be read"):
+    with in_one_line(RunError, f"--source={name} says what cannot be read"):
         path = pathlib.Path(name)
         inside = {key: json.loads(text) for key, text in opened.texts.items()}
-        inside = inside or json.loads(_inside(path) or "{}")
+        inside = inside or json.loads(_metadata_inside(path) or "{}")
         beside = path.absolute().parent / "metadata.json"
         found = inside or (json.loads(beside.read_text()) if beside.is_file() else {})
         described = found.get("sha256", {path.name: ""})  # what is inside knows of no files
         return found if any(key.split("/")[0] == path.name for key in described) else {}
 
 
-def _inside(path: pathlib.Path) -> bytes | None:
+def _metadata_inside(path: pathlib.Path) -> bytes | None:
     """Returns the metadata in the folder of a SavedModel, or behind a LiteRT file."""
     extra = path / "assets.extra" / "metadata.json"
     if extra.is_file():

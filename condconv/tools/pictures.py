@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 
 from condconv.engine import files
-from condconv.engine.experiment import Experiment, build_data, failing_in_one_line
+from condconv.engine.errors import RunError, in_one_line
+from condconv.engine.experiment import Data, Experiment, as_numpy, build_data
 from condconv.tools.prediction import Prediction
 
 _COLUMNS = 8
@@ -35,21 +36,25 @@ def draw_batch(experiment: Experiment, step: int, count: int, output: epath.Path
     """
     files.check_output(output, "--output")
     data = build_data(experiment, experiment.train_split)
-    with failing_in_one_line():
-        pairs = _pairs(experiment, data, step, min(count, experiment.batch_size))
-    _draw(pairs, data.class_names, f"{data.name}, {experiment.train_split}, step {step}", output)
+    with in_one_line(RunError, errors=files.path_errors()):
+        pairs = _before_and_after(experiment, data, step, min(count, experiment.batch_size))
+    _draw_pairs(
+        pairs, data.class_names, f"{data.name}, {experiment.train_split}, step {step}", output
+    )
 
 
-def _pairs(experiment: Experiment, data: Any, step: int, count: int) -> list[tuple[dict, dict]]:
+def _before_and_after(
+    experiment: Experiment, data: Data, step: int, count: int
+) -> list[tuple[dict, dict]]:
     """Returns each image as it is and as it is trained on."""
     which = {"batch_size": experiment.batch_size, "seed": experiment.seed, "start": step}
-    before = data.untouched(experiment.train_split, **which).take(count).as_numpy_iterator()
-    batch = next(data.train_batches(experiment.train_split, **which).as_numpy_iterator())
-    after = ({name: column[row] for name, column in batch.items()} for row in itertools.count())
-    return list(zip(before, after, strict=False))
+    untouched = as_numpy(data.untouched(experiment.train_split, **which))
+    batch = next(as_numpy(data.train_batches(experiment.train_split, **which)))
+    trained = ({name: column[row] for name, column in batch.items()} for row in range(count))
+    return list(zip(itertools.islice(untouched, count), trained, strict=True))
 
 
-def _draw(
+def _draw_pairs(
     pairs: Sequence[tuple[dict, dict]], names: Sequence[str], title: str, output: epath.Path
 ) -> None:
     pyplot = _pyplot()
@@ -69,7 +74,7 @@ def _draw(
         for below, (example, kind) in enumerate(zip(pair, ("", "trained on: "), strict=True)):
             axes = grid[2 * row + below, column]
             axes.imshow(_pixels(example["image"]))
-            axes.set_title(kind * (column == 0) + _label(example["label"], names), fontsize=7)
+            axes.set_title(kind * (column == 0) + _title(example["label"], names), fontsize=7)
     figure.suptitle(f"{title}: as evaluated, and below as trained on", fontsize=9)
     _save(figure, output)
 
@@ -123,8 +128,8 @@ def _draw_bars(axes: Any, prediction: Prediction) -> None:
         places, prediction.classes, prediction.names, shares, strict=True
     ):
         font = {"fontsize": 8, "weight": "normal" if place else "bold", "parse_math": False}
-        said = _shortened(name.split(", ")[0] if name else f"class {number}", 40)
-        axes.text(0, place - 0.26, said, va="bottom", **font)
+        text = _shortened(name.split(", ")[0] if name else f"class {number}", 40)
+        axes.text(0, place - 0.26, text, va="bottom", **font)
         axes.text(1, place - 0.26, f"{share:.1%}", va="bottom", ha="right", **font)
     axes.set_xlim(0, 1)
     axes.set_ylim(len(shares) - 0.6, -0.9)
@@ -154,16 +159,16 @@ def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def _label(label: np.ndarray, names: Sequence[str]) -> str:
+def _title(label: np.ndarray, names: Sequence[str]) -> str:
     """Returns a class's name, or two with their shares where images are mixed."""
     if label.ndim == 0:
-        return _name(int(label), names)
+        return _class_name(int(label), names)
     largest = np.argsort(-label)[:2]
     if label[largest[0]] > 0.995:
-        return _name(int(largest[0]), names)
-    return "\n".join(f"{label[i]:.2f} {_name(int(i), names)}" for i in largest)
+        return _class_name(int(largest[0]), names)
+    return "\n".join(f"{label[i]:.2f} {_class_name(int(i), names)}" for i in largest)
 
 
-def _name(number: int, names: Sequence[str]) -> str:
+def _class_name(number: int, names: Sequence[str]) -> str:
     name = names[number].split(", ")[0] if names else f"class {number}"
     return _shortened(name, _NAME)

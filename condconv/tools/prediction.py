@@ -1,17 +1,17 @@
 """What a network says of single images: from the bytes of a file to the names of classes."""
 
 import dataclasses
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from etils import epath
 
 from condconv.engine import files
-from condconv.engine.errors import RunError, UsageError
+from condconv.engine.errors import RunError, UsageError, gist, in_one_line
+from condconv.engine.experiment import Experiment
+from condconv.engine.restore import restore
 
 _BATCH = 32
 _ENDINGS = (".jpeg", ".jpg", ".png", ".gif", ".bmp")
@@ -28,40 +28,29 @@ class Classifier:
         input_shape: of the images, (N, H, W, 3); None for a size that may be any.
         evaluate: an encoded image to (H, W, 3), as evaluation would see it.
         class_names: of all classes, or none.
-
-    Raises:
-        UsageError: if ``evaluate`` gives images of another size than the network takes.
     """
 
     name: str
     logits: Callable[[np.ndarray], np.ndarray]
     input_shape: Sequence[int | None]
-    evaluate: Callable[[tf.Tensor], tf.Tensor]
+    evaluate: Callable[[bytes], Any]
     class_names: Sequence[str] = ()
-
-    def __post_init__(self):
-        traced = tf.function(self.evaluate).get_concrete_function(tf.TensorSpec((), tf.string))
-        given, wanted = tuple(traced.output_shapes), tuple(self.input_shape[1:])
-        if any(None not in pair and pair[0] != pair[1] for pair in zip(given, wanted, strict=True)):
-            raise UsageError(
-                f"{self.name} takes images of {wanted}, its preprocessing cuts {given}"
-            )
 
     def image(self, path: epath.Path) -> np.ndarray:
         """Returns an image as the network sees it, (H, W, 3) float32.
 
         Raises:
+            UsageError: if ``evaluate`` cuts it to another size than the network takes.
             RunError: if it cannot be read.
         """
-        try:
-            encoded = path.read_bytes()
-        except files.path_errors() as error:
-            raise RunError(files.reason(error)) from error
-        try:
-            return tf.cast(self.evaluate(tf.constant(encoded)), tf.float32).numpy()
-        except tf.errors.OpError as error:
-            first, *_ = re.sub(r"{{.*?}}|\[Op:.*", "", error.message).strip().split("\n")
-            raise RunError(first.strip()) from error
+        with in_one_line(RunError, errors=files.path_errors()):
+            image = np.asarray(self.evaluate(path.read_bytes()), np.float32)
+        wanted = tuple(self.input_shape[1:])
+        if any(size not in (None, cut) for size, cut in zip(wanted, image.shape, strict=True)):
+            raise UsageError(
+                f"{self.name} takes images of {wanted}, its preprocessing cuts {image.shape}"
+            )
+        return image
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Returns the probability of each class, (N, classes) float64.
@@ -76,6 +65,17 @@ class Classifier:
             )
         powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def of_run(
+    experiment: Experiment, workdir: epath.Path, checkpoint: str = "last", ema: bool | None = None
+) -> Classifier:
+    """Returns the network of a run; arguments and errors are those of ``restore``."""
+    restored = restore(experiment, workdir, checkpoint, ema, stand_in=True, in_float32=True)
+    model, data = restored.model, restored.data
+    return Classifier(
+        str(workdir), model, model.input_shape, data.preprocessing.evaluate, data.class_names
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +118,10 @@ def find_images(names: Sequence[str]) -> list[epath.Path]:
     Raises:
         UsageError: if there is no such file or folder, a file is no image, or a folder has none.
     """
-    return [path for name in names for path in _images(files.path(name))]
+    return [path for name in names for path in _images_at(files.path(name))]
 
 
-def _images(path: epath.Path) -> list[epath.Path]:
+def _images_at(path: epath.Path) -> list[epath.Path]:
     if files.is_dir(path):
         inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
         if not (images := [p for p in inside if p.suffix.lower() in _ENDINGS]):
@@ -129,17 +129,17 @@ def _images(path: epath.Path) -> list[epath.Path]:
         return images
     if not files.is_file(path):
         raise UsageError(f"there is no image {path}")
-    if not _beginning(path).startswith(_BEGINNINGS):
+    if not _first_bytes(path).startswith(_BEGINNINGS):
         raise UsageError(f"{path} is no image: take a JPEG, PNG, GIF or BMP file")
     return [path]
 
 
-def _beginning(path: epath.Path) -> bytes:
+def _first_bytes(path: epath.Path) -> bytes:
     try:
         with path.open("rb") as file:
             return file.read(8)
     except files.path_errors() as error:
-        raise UsageError(f"{path} cannot be read ({files.reason(error)})") from error
+        raise UsageError(f"{path} cannot be read ({gist(error)})") from error
 
 
 def predict(
@@ -147,7 +147,7 @@ def predict(
 ) -> Iterator[Prediction]:
     """Yields the ``top`` classes of each image; one that cannot be read is named, and left out."""
     for start in range(0, len(paths), _BATCH):
-        read = [(path, _read(classifier, path)) for path in paths[start : start + _BATCH]]
+        read = [(path, _image_or_none(classifier, path)) for path in paths[start : start + _BATCH]]
         whole = [(path, image) for path, image in read if image is not None]
         if not whole:
             continue
@@ -158,7 +158,7 @@ def predict(
             yield Prediction(path, best, shares[best].tolist(), names)
 
 
-def _read(classifier: Classifier, path: epath.Path) -> np.ndarray | None:
+def _image_or_none(classifier: Classifier, path: epath.Path) -> np.ndarray | None:
     try:
         return classifier.image(path)
     except RunError as error:

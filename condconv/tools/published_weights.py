@@ -18,7 +18,7 @@ import safetensors.numpy
 from etils import epath
 
 from condconv.engine import files
-from condconv.engine.errors import RunError, UsageError
+from condconv.engine.errors import RunError, UsageError, in_one_line
 
 _AVERAGE = "/ExponentialMovingAverage"
 _PICKLES = (".pth", ".pt", ".bin", ".pkl", ".pickle", ".pth.tar")
@@ -31,13 +31,15 @@ _CONVERT = (
 _ENDING = re.compile(r"\.(index|data-\d{5}-of-\d{5})$")
 _ENDINGS = (".index", ".data-00000-of-00001")
 
+_COUNT = "num_batches_tracked"  # of batches, which is of no use
+_DAMAGED = (safetensors.SafetensorError, ValueError, OverflowError, RecursionError)
 _UNREADABLE = (ValueError, RuntimeError, LookupError, MemoryError)  # what TensorFlow raises
 
 Triple = tuple[float, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
+class PublishedWeights:
     """What a published checkpoint holds.
 
     Attributes:
@@ -55,7 +57,7 @@ class Published:
     normalization: tuple[Triple, Triple] | None = None
 
 
-def read(source: str, ema: bool | None = None) -> Published:
+def read(source: str, ema: bool | None = None) -> PublishedWeights:
     """Reads a checkpoint.
 
     Args:
@@ -81,45 +83,31 @@ def read(source: str, ema: bool | None = None) -> Published:
     return _read_tf1(path, ema)
 
 
-def _read_timm(path: epath.Path) -> Published:
-    """Reads a state dict; the counts of batches in it are of no use."""
+def _read_timm(path: epath.Path) -> PublishedWeights:
+    """Reads a state dict."""
     if not files.is_file(path):
         raise UsageError(f"there is no file --source={path}")
-    try:
+    with in_one_line(RunError, f"{path} cannot be read", files.path_errors()):
         content = path.read_bytes()
-        values = safetensors.numpy.load(content)
+    with in_one_line(RunError, f"{path} is damaged, or no safetensors file", _DAMAGED):
+        values = _numbers_in(content, path)
         notes = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    except files.path_errors() as error:
-        raise RunError(f"{path} cannot be read ({files.reason(error)})") from error
-    except KeyError as error:
-        raise UsageError(f"{path} holds numbers of type {error}: save them as F32") from error
-    except (safetensors.SafetensorError, ValueError, OverflowError, RecursionError) as error:
-        raise RunError(f"{path} is damaged, or no safetensors file ({error})") from error
-    metadata = notes.get("__metadata__") or {}
-    config = _config(path.parent / "config.json")
-    return Published(
-        {
-            name: v.astype(np.float32, copy=False)
-            for name, v in values.items()
-            if not _is_count(name)
-        },
+    beside = path.parent / "config.json"  # as on the Hugging Face Hub
+    config = files.read_json(beside) if files.is_file(beside) else {}
+    name = (notes.get("__metadata__") or {}).get("architecture") or config.get("architecture")
+    return PublishedWeights(
+        {n: v.astype(np.float32, copy=False) for n, v in values.items() if not n.endswith(_COUNT)},
         is_timm=True,
-        architecture=_text(metadata.get("architecture") or config.get("architecture")),
+        architecture=name if isinstance(name, str) else None,
         normalization=_normalization(config.get("pretrained_cfg")),
     )
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _is_count(name: str) -> bool:
-    return name.endswith("num_batches_tracked")
-
-
-def _config(path: epath.Path) -> dict[str, Any]:
-    """Returns what lies beside timm's files on the Hugging Face Hub, or nothing."""
-    return files.read_json(path) if files.is_file(path) else {}
+def _numbers_in(content: bytes, path: epath.Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load(content)
+    except KeyError as error:
+        raise UsageError(f"{path} holds numbers of type {error}: save them as F32") from error
 
 
 def _normalization(config: Any) -> tuple[Triple, Triple] | None:
@@ -137,22 +125,19 @@ def _normalization(config: Any) -> tuple[Triple, Triple] | None:
     return mean, deviation
 
 
-def _read_tf1(path: epath.Path, ema: bool | None) -> Published:
+def _read_tf1(path: epath.Path, ema: bool | None) -> PublishedWeights:
     import tensorflow as tf
 
     prefix = _prefix(path)
-    try:
+    what = f"the checkpoint {prefix} is damaged, or none; fetch it again"
+    with in_one_line(RunError, what, (*files.path_errors(), *_UNREADABLE)):
         reader = tf.train.load_checkpoint(prefix)
         shapes = reader.get_variable_to_shape_map()
         chosen = _choose(shapes, ema, prefix)
         _check_size(prefix, [shapes[stored] for stored in chosen.values()])
         values = {n: reader.get_tensor(stored).astype(np.float32) for n, stored in chosen.items()}
-    except (*files.path_errors(), *_UNREADABLE) as error:
-        raise RunError(
-            f"the checkpoint {prefix} is damaged, or none ({files.reason(error)}): fetch it again"
-        ) from error
     averaged = frozenset(name for name, stored in chosen.items() if stored.endswith(_AVERAGE))
-    return Published(values, averaged)
+    return PublishedWeights(values, averaged)
 
 
 def _check_size(prefix: str, shapes: list[list[int]]) -> None:
@@ -213,11 +198,9 @@ def save(model: keras.Model, path: epath.Path) -> None:
     Raises:
         RunError: if it cannot be written.
     """
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            beside = epath.Path(folder) / path.name
-            model.save(beside)
-            content = beside.read_bytes()
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({files.reason(error)}): make room") from error
+    make_room = in_one_line(RunError, f"{path} cannot be written; make room", (OSError,))
+    with make_room, tempfile.TemporaryDirectory() as folder:
+        beside = epath.Path(folder) / path.name
+        model.save(beside)
+        content = beside.read_bytes()
     files.write_bytes(path, content)

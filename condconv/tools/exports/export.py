@@ -14,14 +14,12 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from condconv import fold_batch_norm, write_onnx
-from condconv.engine import files
-from condconv.engine.errors import RunError, UsageError
-from condconv.tools.exports import export_card, export_formats, export_runtimes
-from condconv.tools.exports.export_calibration import Calibration
-from condconv.tools.exports.export_source import Source
+from condconv.engine.errors import RunError, UsageError, gist, in_one_line
+from condconv.tools.exports import card, formats, runtimes
+from condconv.tools.exports.calibration import Calibration
+from condconv.tools.exports.trained_network import TrainedNetwork
 
 FORMATS = ("keras", "saved_model", "onnx", "litert")
 PRECISIONS = ("float32", "float16", "int8")
@@ -29,7 +27,6 @@ PRECISIONS = ("float32", "float16", "int8")
 _PACKAGES = {"onnx": ("onnx", "onnxruntime", "tf2onnx"), "litert": ("ai_edge_litert",)}
 _BATCHES = (1, 5)
 _LEAST_AGREEMENT = 0.5  # in int8; a network that rounds badly keeps more, a broken one less
-_ANY_SIZE = 64  # height and width of the images that a network of no fixed size is tried with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +56,8 @@ def check_packages(formats: Sequence[str]) -> None:
 
 
 def export(
-    source: Source,
-    formats: Sequence[str],
+    network: TrainedNetwork,
+    which: Sequence[str],
     output: pathlib.Path,
     *,
     precisions: Sequence[str] = ("float32",),
@@ -70,11 +67,11 @@ def export(
     """Writes a network into a folder, which is there once every file in it has been checked.
 
     Each file is opened by the runtime that people use, in a fresh process, and compared with the
-    source at batches of 1 and 5: on noise, or in int8 on images that it was not calibrated on.
+    network at batches of 1 and 5: on noise, or in int8 on images that it was not calibrated on.
 
     Args:
-        source: to write.
-        formats: some of ``FORMATS``.
+        network: to write.
+        which: some of ``FORMATS``.
         output: folder, which is not there or empty, in one that is there.
         precisions: of the LiteRT files, some of ``PRECISIONS``.
         fold: whether batch normalisations become part of the convolutions.
@@ -87,32 +84,34 @@ def export(
 
     Raises:
         UsageError: if the network cannot be folded.
-        RunError: if a file cannot be written, or says something else than the source.
+        RunError: if a file cannot be written, or says something else than the network.
     """
-    model = _folded(source.model) if fold else source.model
-    metadata = export_card.metadata(source, fold)
-    on_noise = _expected(source.model, _noise(source.model))
-    on_images = _expected(source.model, _held_out(calibration)) if calibration else ()
+    model = _folded(network.model) if fold else network.model
+    about = card.metadata(network, fold)
+    on_noise = _with_logits(network.model, _noise(network.model))
+    on_images = _with_logits(network.model, _held_out(calibration)) if calibration else ()
     with _whole_or_not_there(output) as folder:
         rows = []
-        for artifact in _artifacts(source, formats, precisions, metadata, calibration):
+        for artifact in _artifacts(network, which, precisions, about, calibration):
             path = folder / artifact.name
             print(f"writing {artifact.name}", file=sys.stderr)
-            with export_formats.one_line(artifact.name):
+            with (
+                in_one_line(RunError, f"{artifact.name} cannot be written"),
+                formats.silenced_converters(),
+            ):
                 artifact.write(model, path)
             expected = on_noise if artifact.tolerance else on_images
             compared = _compare(path, *expected, artifact.tolerance)
-            rows.append({"file": artifact.name, "bytes": _bytes(path)} | compared)
+            rows.append({"file": artifact.name, "bytes": _bytes_in(path)} | compared)
         checksums = _checksums(folder)
-        (folder / "metadata.json").write_text(_json(metadata | {"sha256": checksums}))
+        (folder / "metadata.json").write_text(_as_json(about | {"sha256": checksums}))
         origin = calibration.origin if calibration else ""
-        card = export_card.card(source, fold, rows, checksums, origin)
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card.card(network, about, rows, checksums, origin))
     return rows
 
 
-def _json(metadata: Mapping[str, Any]) -> str:
-    return json.dumps(metadata, indent=2, ensure_ascii=False) + "\n"
+def _as_json(about: Mapping[str, Any]) -> str:
+    return json.dumps(about, indent=2, ensure_ascii=False) + "\n"
 
 
 def _folded(model: keras.Model) -> keras.Model:
@@ -123,68 +122,41 @@ def _folded(model: keras.Model) -> keras.Model:
 
 
 def _artifacts(
-    source: Source,
-    formats: Sequence[str],
+    network: TrainedNetwork,
+    which: Sequence[str],
     precisions: Sequence[str],
-    metadata: Mapping[str, Any],
+    about: Mapping[str, Any],
     calibration: Calibration | None,
 ) -> Iterator[_Artifact]:
-    notes = {"metadata.json": _json(metadata)}
-    if source.class_names:
-        notes["labels.txt"] = "".join(f"{name}\n" for name in source.class_names)
+    notes = {"metadata.json": _as_json(about)}
+    if network.class_names:
+        notes["labels.txt"] = "".join(f"{name}\n" for name in network.class_names)
 
     def saved_model(model: keras.Model, path: pathlib.Path) -> None:
-        export_formats.write_saved_model(model, path, serving(model, source), notes)
+        formats.write_saved_model(model, path, formats.serve_encoded(model, network), notes)
 
     def onnx(model: keras.Model, path: pathlib.Path) -> None:
-        texts = {k: json.dumps(v, ensure_ascii=False) for k, v in metadata.items()}
+        texts = {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
         write_onnx(model, path, texts)
 
     def litert(precision: str) -> Callable[[keras.Model, pathlib.Path], None]:
         images = calibration.images if calibration else ()
-        write = export_formats.write_litert
-        return lambda model, path: write(model, path, precision, images, notes)
+        return lambda model, path: formats.write_litert(model, path, precision, images, notes)
 
-    if "keras" in formats:
-        yield _Artifact("model.keras", export_formats.write_keras, 1e-4)
-    if "saved_model" in formats:
+    if "keras" in which:
+        yield _Artifact("model.keras", keras.Model.save, 1e-4)
+    if "saved_model" in which:
         yield _Artifact("saved_model", saved_model, 1e-4)
-    if "onnx" in formats:
+    if "onnx" in which:
         yield _Artifact("model.onnx", onnx, 1e-4)
-    for precision in dict.fromkeys(precisions) if "litert" in formats else ():
+    for precision in dict.fromkeys(precisions) if "litert" in which else ():
         tolerance = {"float32": 1e-3, "float16": 1e-2, "int8": None}[precision]
         yield _Artifact(f"model_{precision}.tflite", litert(precision), tolerance)
 
 
-def serving(model: keras.Model, source: Source) -> export_formats.ServeEncoded | None:
-    """Returns the map of encoded images (N,) to their best classes; None if it is not known how.
-
-    It gives ``classes`` (N, 5) int32, best first, ``probabilities`` (N, 5) float32 and, where
-    classes have names, ``names`` (N, 5); as many as there are classes, if these are fewer.
-    """
-    if source.evaluate is None:
-        return None
-    best = min(5, model.output_shape[-1])
-    shape = tf.TensorSpec(model.input_shape[1:], tf.float32)
-
-    def image(encoded: tf.Tensor) -> tf.Tensor:
-        return tf.ensure_shape(tf.cast(source.evaluate(encoded), tf.float32), shape.shape)
-
-    def serve(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
-        images = tf.map_fn(image, encoded, fn_output_signature=shape)
-        probabilities = tf.nn.softmax(model(images, training=False))
-        values, classes = tf.math.top_k(probabilities, best)
-        answer = {"classes": classes, "probabilities": values}
-        if source.class_names:
-            answer["names"] = tf.gather(tf.constant(list(source.class_names)), classes)
-        return answer
-
-    return serve
-
-
 def _noise(model: keras.Model) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    shape = [size or _ANY_SIZE for size in model.input_shape[1:]]
+    shape = runtimes.image_shape(model.input_shape)
     return [rng.uniform(0, 255, (n, *shape)).astype(np.float32) for n in _BATCHES]
 
 
@@ -193,7 +165,7 @@ def _held_out(calibration: Calibration) -> list[np.ndarray]:
     return np.split(images, range(first, len(images), others))
 
 
-def _expected(
+def _with_logits(
     model: keras.Model, batches: Sequence[np.ndarray]
 ) -> tuple[Sequence[np.ndarray], np.ndarray]:
     """Returns the batches and the logits of all their images."""
@@ -206,7 +178,7 @@ def _compare(
     expected: np.ndarray,
     tolerance: float | None,
 ) -> dict[str, Any]:
-    found = np.concatenate(export_runtimes.run_apart(path, batches))
+    found = np.concatenate(runtimes.run_apart(path, batches))
     share = np.max(np.abs(found - expected)) / max(np.max(np.abs(expected)), 1e-30)
     agreement = float(np.mean(found.argmax(-1) == expected.argmax(-1)))
     if tolerance is not None and not share <= tolerance:  # NaN is not
@@ -232,12 +204,12 @@ def _whole_or_not_there(output: pathlib.Path) -> Iterator[pathlib.Path]:
         yield beside
         beside.replace(output)
     except OSError as error:
-        raise RunError(f"{output} cannot be written ({files.reason(error)}): make room") from error
+        raise RunError(f"{output} cannot be written ({gist(error)}): make room") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _bytes(path: pathlib.Path) -> int:
+def _bytes_in(path: pathlib.Path) -> int:
     every = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in every if file.is_file())
 

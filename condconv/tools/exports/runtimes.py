@@ -1,7 +1,8 @@
 """Opens exported files through the runtimes that people use, and runs them in a process of its own.
 
 A process that has just written a file holds state that the file may lack, so what it says of the
-file proves little. ``run_apart`` asks a fresh interpreter, which imports the runtime and no more.
+file proves little. ``run_apart`` asks a fresh interpreter: it runs this file as a program, which
+imports the runtime and no more, so nothing of ours is imported above.
 """
 
 import dataclasses
@@ -15,15 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from condconv.engine.errors import RunError
-
 Images = np.ndarray
 """(N, H, W, 3) float32, 0–255."""
 
 Logits = np.ndarray
 """(N, classes) float32."""
 
-_MAIN = "import sys; from condconv.tools.exports import export_runtimes as r; r.{}(*sys.argv[1:])"
 _ANY_SIZE = 64  # height and width of the images that a network of no fixed size is tried with
 
 
@@ -63,16 +61,17 @@ def open_network(path: str) -> Opened:
         RunError: if the runtime does not survive it. What else is wrong, it says in its own way.
     """
     if path.endswith(".tflite"):
-        done = _python("try_out", path)
+        done = _run_as_program(path)
         if done.returncode < 0:
+            from condconv.engine.errors import RunError
+
             raise RunError(f"{path} is damaged: LiteRT crashes on it (signal {-done.returncode})")
     return _open(path)
 
 
-def try_out(path: str) -> None:
-    """Runs a file on one black image."""
-    network = _open(path)
-    network(np.zeros([1, *(size or _ANY_SIZE for size in network.input_shape[1:])], np.float32))
+def image_shape(input_shape: Sequence[int | None]) -> tuple[int, ...]:
+    """Returns the shape of an image, (H, W, C), to try a network with: any size is made one."""
+    return tuple(size or _ANY_SIZE for size in input_shape[1:])
 
 
 def _open(path: str) -> Opened:
@@ -142,32 +141,41 @@ def run_apart(path: pathlib.Path, batches: Sequence[Images]) -> list[Logits]:
     """
     with tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/images.npz", *batches)
-        done = _python("answer", str(path), folder)
+        done = _run_as_program(str(path), folder)
         if done.returncode:
+            from condconv.engine.errors import RunError
+
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise RunError(f"{path.name} does not run in a fresh process: {said[-1]}")
         with np.load(f"{folder}/logits.npz") as logits:
             return [logits[name] for name in logits]
 
 
-def _python(function: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Calls a function of this module in a fresh interpreter."""
+def _run_as_program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Calls ``main`` of this file in a fresh interpreter."""
+    paths = os.pathsep.join(filter(None, sys.path))
     return subprocess.run(
-        [sys.executable, "-c", _MAIN.format(function), *arguments],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-        },
+        [sys.executable, "-P", __file__, *arguments],
+        env={**os.environ, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,
         text=True,
         errors="replace",
     )
 
 
-def answer(path: str, folder: str) -> None:
-    """Runs a file on the batches in ``folder``/images.npz, and leaves logits.npz there."""
+def main(path: str, folder: str | None = None) -> None:
+    """Runs a file on the batches in ``folder``/images.npz, and leaves logits.npz there.
+
+    Without a folder, it runs it on one black image, for nobody.
+    """
     network = _open(path)
+    if folder is None:
+        network(np.zeros((1, *image_shape(network.input_shape)), np.float32))
+        return
     with np.load(f"{folder}/images.npz") as batches:
         logits = [network(batches[name]) for name in batches]
     np.savez(f"{folder}/logits.npz", *logits)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

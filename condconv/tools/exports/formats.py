@@ -1,7 +1,12 @@
-"""Writes a network in the formats that people deploy.
+"""Writes a network in the formats that people deploy; of ONNX, see ``condconv.write_onnx``.
 
+<<<<<<< HEAD:condconv/tools/exports/export_formats.py
 All take ``images`` (N, H, W, 3) float32, 0–255, for any N, and give ``logits``; so does the ONNX
 file that ``condconv.write_onnx`` writes.
+=======
+All take ``images`` (N, H, W, 3) float32, 0–255, for any N, and give ``logits``. TensorFlow runs
+whichever form of a convolution ``condconv`` picks, LiteRT what ``condconv.portable`` makes of it.
+>>>>>>> exports:condconv/tools/exports/formats.py
 """
 
 import contextlib
@@ -17,15 +22,44 @@ import numpy as np
 import tensorflow as tf
 
 from condconv import portable
+<<<<<<< HEAD:condconv/tools/exports/export_formats.py
 from condconv.engine.errors import RunError
+=======
+from condconv.tools.exports.trained_network import TrainedNetwork
+>>>>>>> exports:condconv/tools/exports/formats.py
 
 # A map of encoded images (N,) to what the signature returns.
 ServeEncoded = Callable[[tf.Tensor], Mapping[str, tf.Tensor]]
 
 
-def write_keras(model: keras.Model, path: pathlib.Path) -> None:
-    """Writes a ``.keras`` file."""
-    model.save(path)
+def serve_encoded(model: keras.Model, network: TrainedNetwork) -> ServeEncoded | None:
+    """Returns the map of encoded images (N,) to their best classes; None if it is not known how.
+
+    It gives ``classes`` (N, 5) int32, best first, ``probabilities`` (N, 5) float32 and, where
+    classes have names, ``names`` (N, 5); as many as there are classes, if these are fewer.
+
+    Args:
+        model: of the network, folded or not.
+        network: whose images are to be cut, and whose classes to be named.
+    """
+    if network.evaluate is None:
+        return None
+    best = min(5, model.output_shape[-1])
+    shape = tf.TensorSpec(model.input_shape[1:], tf.float32)
+
+    def image(encoded: tf.Tensor) -> tf.Tensor:
+        return tf.ensure_shape(tf.cast(network.evaluate(encoded), tf.float32), shape.shape)
+
+    def serve(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
+        images = tf.map_fn(image, encoded, fn_output_signature=shape)
+        probabilities = tf.nn.softmax(model(images, training=False))
+        values, classes = tf.math.top_k(probabilities, best)
+        answer = {"classes": classes, "probabilities": values}
+        if network.class_names:
+            answer["names"] = tf.gather(tf.constant(list(network.class_names)), classes)
+        return answer
+
+    return serve
 
 
 def write_saved_model(
@@ -39,7 +73,12 @@ def write_saved_model(
     ``notes``, texts by name, become files in its folder ``assets.extra``, which TensorFlow leaves
     to its users.
     """
-    serve = tf.function(_serve(model), input_signature=[_images(model)])
+    images = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32, name="images")
+
+    @tf.function(input_signature=[images])
+    def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"logits": model(images, training=False)}
+
     signatures = {"serving_default": serve}
     if serve_jpeg:
         encoded = tf.TensorSpec((None,), tf.string, name="encoded")
@@ -99,6 +138,7 @@ def write_litert(
             archive.writestr(name, text)
 
 
+<<<<<<< HEAD:condconv/tools/exports/export_formats.py
 def _images(model: keras.Model) -> tf.TensorSpec:
     return tf.TensorSpec((None, *model.input_shape[1:]), tf.float32, name="images")
 
@@ -107,20 +147,16 @@ def _serve(model: keras.Model) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
     return lambda images: {"logits": model(images, training=False)}
 
 
+=======
+>>>>>>> exports:condconv/tools/exports/formats.py
 @contextlib.contextmanager
-def one_line(what: str) -> Iterator[None]:
-    """Keeps what converters say off the screen, and turns what they raise into a RunError.
-
-    They write to the descriptor behind stderr, past Python.
-    """
+def silenced_converters() -> Iterator[None]:
+    """Keeps off the screen what converters write to the descriptor behind stderr, past Python."""
     screen = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
-    except Exception as error:
-        said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise RunError(f"{what} cannot be written: {said[0]}") from error
     finally:
         os.dup2(screen, 2)
         os.close(screen)

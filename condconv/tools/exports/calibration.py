@@ -1,18 +1,14 @@
 """Images by which a network is quantised, and others by which it is judged."""
 
 import dataclasses
-from typing import Any
+import itertools
 
 import keras
 import numpy as np
 
-from condconv.engine.errors import UsageError
-from condconv.engine.experiment import (
-    Experiment,
-    build_data,
-    check_images_fit,
-    failing_in_one_line,
-)
+from condconv.engine import files
+from condconv.engine.errors import RunError, UsageError, in_one_line
+from condconv.engine.experiment import Data, Experiment, as_numpy, build_data, check_images_fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +26,7 @@ class Calibration:
     origin: str
 
 
-def read(experiment: Experiment | None, model: keras.Model, count: int) -> Calibration:
+def draw(experiment: Experiment | None, model: keras.Model, count: int) -> Calibration:
     """Draws images from the splits that an experiment trains on and reports.
 
     Args:
@@ -48,9 +44,9 @@ def read(experiment: Experiment | None, model: keras.Model, count: int) -> Calib
             "--gin_file=configs/digits.gin"
         )
     splits = (experiment.train_split, experiment.eval_split)
-    data: Any = build_data(experiment, *splits)
+    data = build_data(experiment, *splits)
     check_images_fit(model, data, experiment.eval_split)
-    images, held_out = (_draw(data, split, count) for split in splits)
+    images, held_out = (_drawn_images(data, split, count) for split in splits)
     origin = (
         f"{len(images)} images of {data.name}, {splits[0]!r}; compared on {len(held_out)} of "
         f"{splits[1]!r}"
@@ -58,9 +54,9 @@ def read(experiment: Experiment | None, model: keras.Model, count: int) -> Calib
     return Calibration(images, held_out, origin)
 
 
-def _draw(data: Any, split: str, count: int) -> np.ndarray:
+def _drawn_images(data: Data, split: str, count: int) -> np.ndarray:
     """Returns different images, in a random order: files may be sorted by class."""
     count = min(count, data.num_examples(split))
-    drawn = data.untouched(split, batch_size=count, seed=0).take(count)
-    with failing_in_one_line():
-        return np.stack([np.float32(each["image"]) for each in drawn.as_numpy_iterator()])
+    with in_one_line(RunError, errors=files.path_errors()):
+        drawn = as_numpy(data.untouched(split, batch_size=count, seed=0))
+        return np.stack([np.float32(each["image"]) for each in itertools.islice(drawn, count)])

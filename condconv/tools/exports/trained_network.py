@@ -1,34 +1,36 @@
 """What is exported: a trained network, and what is known about it."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
 from etils import epath
 
 from condconv import in_float32
+<<<<<<< HEAD:condconv/tools/exports/export_source.py
 from condconv.engine import checkpoints, config, files, keras_file
 from condconv.engine.errors import UsageError
 from condconv.engine.experiment import Experiment, build_data, build_model
+=======
+from condconv.engine import config, files, keras_file
+from condconv.engine.errors import UsageError
+from condconv.engine.experiment import Experiment
+from condconv.engine.restore import restore
+>>>>>>> exports:condconv/tools/exports/trained_network.py
 
 _WEIGHTS = {"ema": "averaged", "raw": "raw"}  # for people
 
-Evaluate = Callable[[tf.Tensor], tf.Tensor]
-"""An encoded image to (H, W, 3), 0–255, as evaluation would see it."""
-
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class TrainedNetwork:
     """A network to export.
 
     Attributes:
         model: computes in float32.
         origin: where its weights come from, for people.
-        evaluate: the preprocessing of evaluation, where it is known.
-        preprocessing: the gin bindings that say which it is, or none.
+        evaluate: an encoded image to (H, W, 3), 0–255, as evaluation sees it, where it is known.
+        preprocessing: the gin bindings that say the same, or none.
         class_names: of all classes, or none.
         config: the gin config of its run, or "".
         metrics: of its last evaluation, or none.
@@ -36,7 +38,7 @@ class Source:
 
     model: keras.Model
     origin: str
-    evaluate: Evaluate | None = None
+    evaluate: Callable[[Any], Any] | None = None
     preprocessing: Sequence[str] = ()
     class_names: Sequence[str] = ()
     config: str = ""
@@ -61,8 +63,11 @@ def experiment(
 
 
 def of_run(
-    experiment: Experiment, workdir: epath.Path, checkpoint: str = "last", ema: bool | None = None
-) -> Source:
+    experiment: Experiment,
+    workdir: epath.Path,
+    checkpoint: str,
+    preprocessing_in: Callable[[str], Sequence[str]],
+) -> TrainedNetwork:
     """Returns the network of a run.
 
     The data itself is not read: its classes and its preprocessing are known without it.
@@ -71,65 +76,51 @@ def of_run(
         experiment: the run's own, from ``config.load_run``.
         workdir: of the run.
         checkpoint: "last", "best", a step or the path of a checkpoint.
-        ema: whether to use the averages of the weights; if None, wherever there are any.
+        preprocessing_in: the text of a config to the bindings in it that say how images are cut.
 
     Raises:
         UsageError: if there is no such checkpoint, or it does not fit.
     """
-    found = checkpoints.Checkpoints(workdir).resolve(checkpoint)
-    values, weights = found.weights(ema)
-    data: Any = build_data(experiment, stand_in=True)
-    model = build_model(dataclasses.replace(experiment, precision="float32"), data.num_classes)
-    checkpoints.fit(
-        values, checkpoints.named_variables(model), f"the checkpoint of step {found.step}"
-    )
+    restored = restore(experiment, workdir, checkpoint, stand_in=True, in_float32=True)
     text = files.read_text(workdir / "config.gin")
     used = workdir / "operative_config.gin"  # with defaults
-    return Source(
-        model,
-        f"{workdir}, step {found.step}, {_WEIGHTS[weights]} weights",
-        data.preprocessing.evaluate,
-        _bindings_of_preprocessing(files.read_text(used) if files.is_file(used) else text),
-        data.class_names,
+    return TrainedNetwork(
+        restored.model,
+        f"{workdir}, step {restored.step}, {_WEIGHTS[restored.weights]} weights",
+        restored.data.preprocessing.evaluate,
+        preprocessing_in(files.read_text(used) if files.is_file(used) else text),
+        restored.data.class_names,
         text,
-        _metrics(workdir / "eval.json", found.step, weights),
+        _metrics_of(workdir / "eval.json", restored.step, restored.weights),
     )
 
 
-def _bindings_of_preprocessing(text: str) -> list[str]:
-    """Returns the lines of a saved config that say how evaluation cuts an image."""
-    which = re.search(r"^pipeline\.preprocessing = @(?:\w+\.)*(\w+)", text, re.MULTILINE)
-    names = ("pipeline.preprocessing ", f"{which[1]}.") if which else ()
-    lines = [line for line in text.splitlines() if line.startswith(names)]
-    return [line for line in lines if ".augmentations = " not in line]
-
-
-def _metrics(path: epath.Path, step: int, weights: str) -> dict[str, Any]:
+def _metrics_of(path: epath.Path, step: int, weights: str) -> dict[str, Any]:
     """Returns what was evaluated, if it was these weights."""
     metrics = files.read_json(path) if files.is_file(path) else {}
     return metrics if (metrics.get("step"), metrics.get("weights")) == (step, weights) else {}
 
 
-def of_file(path: str, known: Callable[[int, int], dict[str, Any]]) -> Source:
+def of_file(path: str, known: Callable[[int, int], dict[str, Any]]) -> TrainedNetwork:
     """Returns the network in a ``.keras`` file.
 
     Args:
         path: of the file. Nothing in it is executed: Keras' safe mode is on.
         known: image size and number of classes to what is known of such a network, by the names
-            of ``Source``'s attributes; asked for networks of square colour images.
+            of ``TrainedNetwork``'s attributes; asked for networks of square colour images.
 
     Raises:
         UsageError: if there is no such file, or its network is not one of images to logits.
         RunError: if it cannot be loaded.
     """
     model = in_float32(keras_file.load(path))
-    _check(model, path)
+    _check_is_classifier(model, path)
     _, height, width, channels = model.input_shape
     square = height is not None and (height, channels) == (width, 3)
-    return Source(model, path, **known(height, model.output_shape[-1]) if square else {})
+    return TrainedNetwork(model, path, **known(height, model.output_shape[-1]) if square else {})
 
 
-def _check(model: keras.Model, path: str) -> None:
+def _check_is_classifier(model: keras.Model, path: str) -> None:
     shapes = (getattr(model, "input_shape", None), getattr(model, "output_shape", None))
     ranks = [len(s) if isinstance(s, tuple) and s[-1:] != ((),) else 0 for s in shapes]
     if ranks != [4, 2] or isinstance(shapes[0][0], tuple):
