@@ -24,16 +24,17 @@ def main(_: list[str]) -> int:
     """Runs what is missing, then prints the table."""
     from condconv.engine import files
     from condconv.engine.errors import UsageError
-    from condconv.tools.studies import study_table, study_text
+    from condconv.tools.studies import text
+    from condconv.tools.studies.table import read_table
 
     if not _TABLE.value:
         raise UsageError("needs --table=NAME; see --help")
-    table = study_table.read_table(_TABLE.value)
+    table = read_table(_TABLE.value)
     if _DATASET.value == "none":
         command.import_backend()
-        from condconv.tools.studies import study_costs
+        from condconv.tools.studies import costs
 
-        study_text.show_costs(study_costs.cost_lines(table), _JSON.value)
+        text.show_costs(costs.cost_lines(table), _JSON.value)
         return 0
     if not _WORKDIR.value:
         raise UsageError(f"--dataset={_DATASET.value} needs --workdir=FOLDER; see --help")
@@ -44,7 +45,7 @@ def main(_: list[str]) -> int:
     study = Study(table, _DATASET.value, tuple(_GIN_PARAM.value))
     code = sweep.run(study, folder, range(_SEEDS.value), _JOBS.value)
     if code < 128:  # not stopped by a signal
-        study_text.show_results(folder, _JSON.value)
+        text.show_results(folder, _JSON.value)
     return code
 
 
