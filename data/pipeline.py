@@ -35,6 +35,14 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """What images are: shape (height, width, channels), None for what may be any, and dtype."""
+
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Pipeline:
     """Batches of a data set.
 
@@ -80,6 +88,15 @@ class Pipeline:
             ValueError: if there is no such split.
         """
         return self._split(split).num_examples
+
+    def image_spec(self, split: str) -> ImageSpec:
+        """Returns what the images of ``split`` are, as evaluation sees them.
+
+        Raises:
+            ValueError: if there is no such split.
+        """
+        spec = self.eval_batches(split, batch_size=1).element_spec["image"]
+        return ImageSpec(tuple(spec.shape[1:]), spec.dtype.name)
 
     def views_per_image(self, split: str) -> int:
         """Returns how many examples of ``split`` in a row show the same image; see ``Split``.

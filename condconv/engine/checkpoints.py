@@ -23,7 +23,7 @@ import safetensors.numpy
 from etils import epath
 
 from condconv.engine import files
-from condconv.engine.errors import RunError, UsageError
+from condconv.engine.errors import RunError, UsageError, gist
 
 Arrays = dict[str, np.ndarray]
 
@@ -53,6 +53,11 @@ class Checkpoint:
     step: int
     state: Arrays
     notes: Notes
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"the checkpoint of step {self.step}"
 
     def weights(self, ema: bool | None = None) -> tuple[Arrays, str]:
         """Returns a network's variables by path, and "ema" if they are averages, else "raw".
@@ -109,7 +114,7 @@ class Checkpoints:
 
     def _unwritten(self, step: int, size: int, error: Exception) -> str:
         cause = error.__cause__ or error
-        reason = files.reason(cause)
+        reason = gist(cause)
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(self.workdir).free
             reason += f": it takes {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
@@ -210,24 +215,6 @@ def read(path: str) -> Checkpoint:
             f"there is no checkpoint {path!r}: give 'last', 'best', a step or a folder of {_FOLDER}"
         )
     return _read(folder)
-
-
-def weights_of(path: str) -> Arrays:
-    """Returns a network's variables by path, from a ``.keras`` file or a checkpoint's folder.
-
-    Of a checkpoint, averages are preferred.
-
-    Raises:
-        UsageError: if there is neither.
-    """
-    if not path.endswith(".keras"):
-        return read(path).weights()[0]
-    try:
-        model = keras.saving.load_model(path, compile=False)
-    except (OSError, ValueError, TypeError) as error:
-        first, *_ = str(error).split("\n")
-        raise UsageError(f"{path} cannot be read as a .keras file: {first}") from error
-    return {name: variable.numpy() for name, variable in named_variables(model).items()}
 
 
 def is_finite(state: Mapping[str, np.ndarray]) -> bool:

@@ -2,60 +2,50 @@
 
 import contextlib
 import dataclasses
-import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import gin
 import keras
-import tensorflow as tf
 
-from condconv.engine.backends.tensorflow import strategy as devices
-from condconv.engine.errors import RunError, UsageError
-from condconv.engine.schedules import Clock, Duration, check_duration
+from condconv.engine.errors import UsageError, blaming_the_config
+from condconv.engine.schedules import Clock, Duration, Schedule, check_duration
+from condconv.engine.tasks import Data, ImageSpec, Task, as_numpy
+from condconv.engine.tasks.classification import classification
+
+__all__ = [
+    "Data",
+    "Experiment",
+    "ImageSpec",
+    "Task",
+    "Written",
+    "as_numpy",
+    "build_data",
+    "build_model",
+    "build_task",
+    "check_batches_divide",
+    "check_images_fit",
+]
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16", "float64")
 
 
-class Data(Protocol):
-    """What the engine needs of a data set; ``data.pipeline.Pipeline`` is one."""
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What an experiment was made from.
 
-    name: str
-    num_classes: int
-    answers: Sequence[int] | None
-    """Classes that evaluation chooses from; None for all."""
+    Attributes:
+        config: all bindings, which parse to the same experiment again.
+        operative: all values used, with defaults.
+        values: of the experiment's attributes, as the two say.
+    """
 
-    def num_examples(self, split: str) -> int:
-        """Returns how many examples ``split`` has."""
-
-    def train_batches(
-        self, split: str, *, batch_size: int, seed: int, start: int, shard: int, num_shards: int
-    ) -> Any:
-        """Returns a ``tf.data.Dataset`` without end of {"image", "label"}.
-
-        Labels are (B,) classes or (B, num_classes) probabilities.
-
-        Args:
-            split: to read.
-            batch_size: examples in a batch of this shard.
-            seed: of the order and of the augmentation.
-            start: steps to skip.
-            shard: which part of each global batch.
-            num_shards: parts of a global batch.
-        """
-
-    def eval_batches(
-        self, split: str, *, batch_size: int, shard: int = 0, num_shards: int = 1
-    ) -> Any:
-        """Returns a ``tf.data.Dataset`` of each example once, over all shards.
-
-        Its elements are {"image", "label", "index", "readable"}, each (batch_size, …). Labels are
-        classes, or (B, num_classes) bool where several are right or none is known. All shards
-        have as many batches, filled up with examples of index -1.
-        """
+    config: str
+    operative: str
+    values: dict[str, Any]
 
 
-@gin.register
+@gin.register(denylist=["written"])
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything that decides the outcome of a run.
@@ -70,7 +60,8 @@ class Experiment:
         duration: of the training.
         batch_size: examples in a step, over all replicas.
         eval_batch_size: examples in a batch of evaluation; as in training if None.
-        label_smoothing: share of each label spread over all classes.
+        task: factory of what the network is for, called with ``data``.
+        label_smoothing: in configs of before; ``classification.label_smoothing`` now.
         weight_decay: factor of ½·‖w‖², added to the loss for every trainable variable that is
             not of a batch normalisation (official rule).
         ema_decay: of the average of weights and batch-norm statistics; 0 for none.
@@ -95,16 +86,18 @@ class Experiment:
         stall_seconds: without a step after which the log says what the run is waiting for.
         steps_per_call: steps that run between two looks at the clock.
         devices: "auto" (all local GPUs, else the CPU) or "cpu:N", N replicas on the CPU.
+        written: what it was made from, if it was a config.
     """
 
     model: Callable[..., keras.Model]
     data: Callable[..., Data]
     optimizer: Callable[..., keras.optimizers.Optimizer]
-    schedule: Callable[..., keras.optimizers.schedules.LearningRateSchedule]
+    schedule: Callable[..., Schedule]
     duration: Duration
     batch_size: int
     eval_batch_size: int | None = None
-    label_smoothing: float = 0.0
+    task: Callable[..., Task] = classification
+    label_smoothing: float | None = None
     weight_decay: float = 0.0
     ema_decay: float = 0.0
     clip_norm: float | None = None
@@ -126,6 +119,7 @@ class Experiment:
     stall_seconds: float = 60.0
     steps_per_call: int = 10
     devices: str = "auto"
+    written: Written | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         checks = (
@@ -135,7 +129,11 @@ class Experiment:
                 self.eval_batch_size is None or self.eval_batch_size >= 1,
                 "an integer of at least 1",
             ),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "a share from 0 to below 1"),
+            (
+                "label_smoothing",
+                self.label_smoothing is None or 0 <= self.label_smoothing < 1,
+                "a share from 0 to below 1",
+            ),
             ("weight_decay", self.weight_decay >= 0, "a factor of at least 0"),
             ("ema_decay", 0 <= self.ema_decay < 1, "a decay from 0 to below 1"),
             ("precision", self.precision in PRECISIONS, " or ".join(PRECISIONS)),
@@ -155,6 +153,12 @@ class Experiment:
                 amount, _ = check_duration(duration, f"Experiment.{name}")
                 if not amount:
                     raise UsageError(f"Experiment.{name} takes more than {duration!r}")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """All splits that a run reads."""
+        named = (self.train_split, self.selection_split, self.eval_split)
+        return tuple(split for split in named if split)
 
     def clock(self, num_examples: int) -> Clock:
         """Returns what turns durations into steps, for so many training examples."""
@@ -187,20 +191,38 @@ def build_data(experiment: Experiment, *splits: str, stand_in: bool = False) -> 
     return data
 
 
+def build_task(experiment: Experiment, data: Data) -> Task:
+    """Calls the factory of the task. Raises a UsageError if its arguments are out of range."""
+    smoothing = experiment.label_smoothing
+    with blaming_the_config():
+        if smoothing is None:
+            return experiment.task(data=data)
+        return experiment.task(data=data, label_smoothing=smoothing)
+
+
 def build_model(experiment: Experiment, num_classes: int) -> keras.Model:
     """Calls the factory of the network, in the experiment's precision.
 
     Raises:
         UsageError: if its arguments are out of range.
     """
-    with devices.precision(experiment.precision), blaming_the_config():
+    with _dtype_policy(experiment.precision), blaming_the_config():
         return experiment.model(num_classes=num_classes)
+
+
+@contextlib.contextmanager
+def _dtype_policy(policy: str) -> Iterator[None]:
+    outer = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(outer)
 
 
 def check_images_fit(model: keras.Model, data: Data, split: str) -> None:
     """Raises a UsageError if the data's images are not of the size that the model takes."""
-    images = tuple(data.eval_batches(split, batch_size=1).element_spec["image"].shape[1:])
-    wanted = tuple(model.input_shape[1:])
+    images, wanted = data.image_spec(split).shape, tuple(model.input_shape[1:])
     if any(None not in (i, w) and i != w for i, w in zip(images, wanted, strict=True)):
         raise UsageError(
             f"{model.name} takes images of {_size(wanted)} and {data.name} gives {_size(images)}: "
@@ -212,40 +234,13 @@ def _size(shape: tuple[int | None, ...]) -> str:
     return "×".join("any" if size is None else str(size) for size in shape)
 
 
-@contextlib.contextmanager
-def failing_in_one_line() -> Iterator[None]:
-    """Turns what TensorFlow has against a run, such as an image it cannot read, into a RunError."""
-    try:
-        yield
-    except tf.errors.OpError as error:
-        raise RunError(_gist_of_graph(error.message)) from error
-
-
-def _gist_of_graph(message: str) -> str:
-    """Returns what Python raised within the graph, or else the first line that says something."""
-    if raised := re.findall(r"^\w+Error: (.+)$", message, re.MULTILINE):
-        return raised[-1]
-    lines = re.sub(r"{{.*?}}", "", message).splitlines()
-    around = ("Graph execution error", "Detected at node", "<stack traces", " ", "\t", "[[")
-    said = [line for line in lines if line.strip() and not line.startswith(around)]
-    return said[0] if said else lines[0]
-
-
-@contextlib.contextmanager
-def blaming_the_config() -> Iterator[None]:
-    """Turns what a factory has against its arguments into a UsageError of one line."""
-    try:
-        yield
-    except (UsageError, ValueError, TypeError) as error:
-        raise UsageError(_gist(error)) from error
-
-
-def _gist(error: Exception) -> str:
-    """Returns the line that says what is wrong.
-
-    gin adds behind it where the value came from; TensorFlow's tracing, before it, where it was.
-    """
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    traced = lines[0].startswith("in user code:")
-    raised = next((line for line in lines if re.match(r"(Value|Type)Error: ", line)), lines[-1])
-    return re.sub(r"^\w+Error: ", "", raised) if traced else lines[0]
+def check_batches_divide(experiment: Experiment, replicas: int) -> None:
+    """Raises a UsageError if a batch cannot be divided among replicas and accumulated parts."""
+    parts = {"batch_size": replicas * experiment.accumulation_steps, "eval_batch_size": replicas}
+    for name, count in parts.items():
+        size = getattr(experiment, name)
+        if size is not None and size % count:
+            raise UsageError(
+                f"Experiment.{name}={size} cannot be divided among {replicas} replicas, "
+                f"{count // replicas} times each: take a multiple of {count}"
+            )

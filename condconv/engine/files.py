@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from condconv.engine.errors import RunError, UsageError
+from condconv.engine.errors import RunError, UsageError, gist
 
 
 def path(name: str) -> epath.Path:
@@ -32,12 +32,6 @@ def path_errors() -> tuple[type[Exception], ...]:
     return (OSError, tensorflow.errors.OpError) if tensorflow else (OSError,)
 
 
-def reason(error: Exception) -> str:
-    """Returns what is wrong with a path, in one line and without the path."""
-    said = getattr(error, "strerror", None) or getattr(error, "message", None) or str(error)
-    return said.strip().split("\n")[0]
-
-
 def make_writable(folder: epath.Path, flag: str) -> None:
     """Makes a folder and makes sure that it can be written to.
 
@@ -51,7 +45,7 @@ def make_writable(folder: epath.Path, flag: str) -> None:
         probe.unlink()
     except path_errors() as error:
         raise UsageError(
-            f"{flag}={folder} cannot be written to ({reason(error)}): name another folder"
+            f"{flag}={folder} cannot be written to ({gist(error)}): name another folder"
         ) from error
 
 
@@ -98,7 +92,7 @@ def write_bytes(path: epath.Path, content: bytes) -> None:
         beside.replace(path)
     except path_errors() as error:
         raise RunError(
-            f"{path} cannot be written ({reason(error)}): make room or allow it, and repeat"
+            f"{path} cannot be written ({gist(error)}): make room or allow it, and repeat"
         ) from error
 
 
@@ -140,4 +134,4 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def _unreadable(path: epath.Path, error: Exception) -> UsageError:
-    return UsageError(f"{path} cannot be read ({reason(error)}): allow, restore or remove it")
+    return UsageError(f"{path} cannot be read ({gist(error)}): allow, restore or remove it")

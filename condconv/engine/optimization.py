@@ -1,29 +1,67 @@
-"""Optimizers, loss and moving average of the official recipes.
+"""Optimizers, weight decay and moving average of the official recipes, in Keras' own terms.
 
 Sources: tensorflow/tpu, models/official/efficientnet (utils.py, main.py). Its optimizers are those
-of TensorFlow 1, whose steps differ from Keras'.
+of TensorFlow 1, whose steps differ from Keras'. Keras' own can be named in a config too.
 """
 
+import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 import gin
 import keras
-import tensorflow as tf
+from keras import ops
 
+from condconv.engine.errors import UsageError
 from condconv.engine.schedules import check_range
+
+Tensor = Any
 
 # Layers of ``Routing`` as networks here name them, or Keras on its own.
 _ROUTER = re.compile(r"(?:^|[/_])routing(?:_\d+)?/")
 
+ENGINES_OWN = {
+    "clipnorm": "Experiment.clip_norm",
+    "clipvalue": "Experiment.clip_norm",
+    "global_clipnorm": "Experiment.clip_norm",
+    "use_ema": "Experiment.ema_decay",
+    "ema_momentum": "Experiment.ema_decay",
+    "ema_overwrite_frequency": "Experiment.ema_decay",
+    "loss_scale_factor": "Experiment.precision = 'mixed_float16'",
+    "gradient_accumulation_steps": "Experiment.accumulation_steps",
+}
+"""What the engine does itself, by the arguments of Keras' optimizers, and where it is asked to."""
+
+WRAPPERS = {
+    "LossScaleOptimizer": "the engine scales losses itself, with Experiment.precision = "
+    "'mixed_float16'",
+    "MultiOptimizer": "a run has one optimizer for all of its weights",
+    "ScheduleFreeAdamW": "its weights are not those to evaluate; AdamW with Experiment.ema_decay "
+    "averages them",
+}
+"""Optimizers of Keras that no run can have, with the reason."""
+
+
+class HandedRate(keras.optimizers.schedules.LearningRateSchedule):
+    """The learning rate that the step under way was handed, for the optimizer to ask for."""
+
+    value: Tensor = 0.0
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """Returns it, whatever ``step`` the optimizer counts."""
+        return self.value
+
 
 class _Optimizer(keras.optimizers.Optimizer):
-    """An optimizer of TensorFlow 1: the buffers of each variable, and its operation for one step.
+    """An optimizer of TensorFlow 1: the buffers of each variable, and its step.
 
-    That passes over memory once, where the same in single operations takes twice as long.
+    Attributes:
+        fused: the step as one operation, where a backend has it: that passes over memory once.
     """
 
     buffers: dict[str, str] = {}  # initializer by name
+    fused: Callable[[Any, Tensor, Any, Tensor], None] | None = None
 
     def __init__(self, learning_rate: Any, momentum: float, routing_rate: float, name: str):
         check_range(f"{name}.momentum", momentum, 0 <= momentum < 1, "a share from 0 to below 1")
@@ -45,40 +83,49 @@ class _Optimizer(keras.optimizers.Optimizer):
             ]
             setattr(self, buffer, made)
 
-    def buffer(self, name: str, variable: Any) -> tf.Tensor:
-        """Returns the handle of a variable's buffer, on this replica."""
-        return getattr(self, name)[self._get_variable_index(variable)].value.handle
+    def buffer(self, name: str, variable: Any) -> keras.Variable:
+        """Returns a buffer of a variable."""
+        return getattr(self, name)[self._get_variable_index(variable)]
 
-    def rate(self, learning_rate: Any, variable: Any) -> tf.Tensor:
-        """Returns the learning rate of a variable, which of routers is ``routing_rate`` as high."""
+    def update_step(self, gradient: Tensor, variable: Any, learning_rate: Tensor) -> None:
+        """Moves a variable; routers at ``routing_rate`` times the learning rate."""
         path = self._trainable_variables[self._get_variable_index(variable)].path
         factor = self.routing_rate if _ROUTER.search(path) else 1.0
-        return tf.cast(learning_rate * factor, variable.dtype)
+        rate = ops.cast(learning_rate * factor, keras.backend.standardize_dtype(variable.dtype))
+        if self.fused:
+            self.fused(self, gradient, variable, rate)
+        else:
+            self.assign_sub(variable, self.moved(gradient, variable, rate))
+
+    def moved(self, gradient: Tensor, variable: Any, rate: Tensor) -> Tensor:
+        """Moves the buffers of a variable; returns what is to be taken off it."""
+        raise NotImplementedError
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
         """Leaves gradients as they are: the training step has summed them over the replicas."""
         return grads_and_vars
 
 
-class _Momentum(_Optimizer):
+class Momentum(_Optimizer):
+    """See ``momentum``."""
+
     buffers = {"momentums": "zeros"}
 
     def __init__(self, learning_rate: Any, momentum: float, nesterov: bool, routing_rate: float):
         super().__init__(learning_rate, momentum, routing_rate, "momentum")
         self.nesterov = nesterov
 
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        tf.raw_ops.ResourceApplyMomentum(
-            var=variable.handle,
-            accum=self.buffer("momentums", variable),
-            lr=self.rate(learning_rate, variable),
-            grad=gradient,
-            momentum=self.momentum,
-            use_nesterov=self.nesterov,
-        )
+    def moved(self, gradient: Tensor, variable: Any, rate: Tensor) -> Tensor:
+        """See ``momentum``."""
+        buffer = self.buffer("momentums", variable)
+        momentum = buffer * self.momentum + gradient
+        self.assign(buffer, momentum)
+        return rate * (gradient + momentum * self.momentum if self.nesterov else momentum)
 
 
-class _RMSProp(_Optimizer):
+class RMSProp(_Optimizer):
+    """See ``rmsprop``."""
+
     buffers = {"mean_squares": "ones", "momentums": "zeros"}
 
     def __init__(
@@ -94,17 +141,14 @@ class _RMSProp(_Optimizer):
         check_range("rmsprop.epsilon", epsilon, epsilon > 0, "a number above 0")
         self.decay, self.epsilon = decay, epsilon
 
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        tf.raw_ops.ResourceApplyRMSProp(
-            var=variable.handle,
-            ms=self.buffer("mean_squares", variable),
-            mom=self.buffer("momentums", variable),
-            lr=self.rate(learning_rate, variable),
-            rho=self.decay,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            grad=gradient,
-        )
+    def moved(self, gradient: Tensor, variable: Any, rate: Tensor) -> Tensor:
+        """See ``rmsprop``."""
+        squares, momentums = (self.buffer(name, variable) for name in self.buffers)
+        square = squares + (gradient * gradient - squares) * (1 - self.decay)
+        momentum = momentums * self.momentum + rate * gradient / ops.sqrt(square + self.epsilon)
+        self.assign(squares, square)
+        self.assign(momentums, momentum)
+        return momentum
 
 
 @gin.register(denylist=["learning_rate"])
@@ -119,7 +163,7 @@ def momentum(
     Routers are the layers whose names end in "routing", as in all networks here, and Keras' own
     "routing_1" and so on.
     """
-    return _Momentum(learning_rate, momentum, nesterov, routing_rate)
+    return Momentum(learning_rate, momentum, nesterov, routing_rate)
 
 
 @gin.register(denylist=["learning_rate"])
@@ -135,69 +179,72 @@ def rmsprop(
     s ← ρs + (1−ρ)g², m ← μm + lr·g/√(s+ε), w ← w − m. Keras' own starts the mean square at zero.
     ``routing_rate`` is that of ``momentum``.
     """
-    return _RMSProp(learning_rate, decay, momentum, epsilon, routing_rate)
+    return RMSProp(learning_rate, decay, momentum, epsilon, routing_rate)
 
 
-def apply_summed(
-    optimizer: keras.optimizers.Optimizer, gradients: list[tf.Tensor], model: keras.Model
-) -> None:
-    """Applies gradients that are already summed over the replicas, within each of them."""
-    if not isinstance(optimizer, _Optimizer):  # Keras' own sum them (again)
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        gradients = [gradient / replicas for gradient in gradients]
-    optimizer.apply(gradients, model.trainable_variables)
+def _register_own_of_keras() -> None:
+    """Makes Keras' optimizers known to gin, less what the engine does itself.
 
-
-class LossScale:
-    """The factor that keeps float16's gradients from vanishing (arXiv:1710.03740, section 3.2).
-
-    It is halved at a gradient that is not finite, whose step is left out, and doubled after 2,000
-    steps in a row without one.
+    A config's value has to be of the type of the default.
     """
-
-    def __init__(self, initial: float = 2.0**15, patience: int = 2000):
-        first = tf.VariableAggregation.ONLY_FIRST_REPLICA
-        scale = tf.Variable(initial, trainable=False, aggregation=first, name="scale")
-        good = tf.Variable(0, trainable=False, dtype=tf.int64, aggregation=first, name="good_steps")
-        self.variables = {"scale": scale, "good_steps": good}
-        self._patience = patience
-
-    def read(self) -> tf.Tensor:
-        """Returns the factor, a float32 scalar."""
-        return tf.convert_to_tensor(self.variables["scale"])
-
-    def is_least(self) -> tf.Tensor:
-        """Returns whether the factor cannot be made smaller, so that it is not what overflows."""
-        return self.read() <= 1.0
-
-    def update(self, finite: tf.Tensor) -> None:
-        """Takes note of a step; outside of any replica."""
-        scale, good = self.read(), tf.convert_to_tensor(self.variables["good_steps"]) + 1
-        grown = tf.where(good >= self._patience, scale * 2, scale)
-        self.variables["scale"].assign(tf.where(finite, grown, tf.maximum(scale / 2, 1.0)))
-        self.variables["good_steps"].assign(
-            tf.where(finite & (good < self._patience), good, tf.zeros_like(good))
+    loose = {"weight_decay": float | None, "adam_lr_ratio": float, "exclude_layers": Any}
+    own = {*ENGINES_OWN, "name", "kwargs"}
+    for name, kind in vars(keras.optimizers).items():
+        is_optimizer = inspect.isclass(kind) and issubclass(kind, keras.optimizers.Optimizer)
+        if not is_optimizer or name in WRAPPERS or kind is keras.optimizers.Optimizer:
+            continue
+        parameters = [
+            p.replace(kind=p.KEYWORD_ONLY, annotation=loose.get(p.name, type(p.default)))
+            for p in inspect.signature(kind).parameters.values()
+            if p.name not in own
+        ]
+        gin.register(
+            _named(kind, parameters), module="keras.optimizers", denylist=["learning_rate"]
         )
 
 
-def cross_entropy(labels: tf.Tensor, logits: tf.Tensor, smoothing: float = 0.0) -> tf.Tensor:
-    """Returns the cross-entropy of each example, (B,).
+def _named(
+    kind: type[keras.optimizers.Optimizer], parameters: list[inspect.Parameter]
+) -> Callable[..., keras.optimizers.Optimizer]:
+    """Returns a factory whose optimizers are called alike, as their variables in checkpoints."""
 
-    Args:
-        labels: (B,) classes, or (B, classes) probabilities.
-        logits: (B, classes).
-        smoothing: share of each label that is spread evenly over all classes.
+    def factory(*, learning_rate: Any, **arguments: Any) -> keras.optimizers.Optimizer:
+        return kind(learning_rate, **arguments, name=kind.__name__.lower())
+
+    factory.__name__ = factory.__qualname__ = kind.__name__
+    factory.__doc__ = kind.__doc__
+    factory.__signature__ = inspect.Signature(parameters)
+    factory.__annotations__ = {p.name: p.annotation for p in parameters}
+    return factory
+
+
+_register_own_of_keras()
+
+
+def build_optimizer(
+    factory: Callable[..., keras.optimizers.Optimizer], rate: HandedRate, model: keras.Model
+) -> keras.optimizers.Optimizer:
+    """Returns an optimizer of a model's weights; its own weight decay spares batch norm too.
+
+    Raises:
+        UsageError: if it does what is the engine's own matter.
     """
-    classes = logits.shape[-1]
-    if labels.shape.rank == 1:
-        labels = tf.one_hot(labels, classes)
-    labels = tf.cast(labels, logits.dtype) * (1 - smoothing) + smoothing / classes
-    return tf.nn.softmax_cross_entropy_with_logits(labels, logits)
-
-
-def likeliest(labels: tf.Tensor) -> tf.Tensor:
-    """Returns the class of each label, (B,) int64; of mixed ones (B, classes) the largest share."""
-    return tf.cast(labels, tf.int64) if labels.shape.rank == 1 else tf.argmax(labels, axis=-1)
+    optimizer = factory(learning_rate=rate)
+    name = type(optimizer).__name__
+    if name in WRAPPERS:
+        raise UsageError(f"{name} cannot be a run's optimizer: {WRAPPERS[name]}")
+    for argument in ("clipnorm", "clipvalue", "global_clipnorm", "use_ema", "loss_scale_factor",
+                     "gradient_accumulation_steps"):  # fmt: skip
+        if getattr(optimizer, argument):
+            raise UsageError(
+                f"{name}.{argument} is the engine's own matter: set {ENGINES_OWN[argument]}"
+            )
+    if optimizer.weight_decay:
+        decayed = {id(v) for v in decayed_variables(model)}
+        spared = [v for v in model.trainable_variables if id(v) not in decayed]
+        optimizer.exclude_from_weight_decay(var_list=spared)
+    optimizer.build(model.trainable_variables)
+    return optimizer
 
 
 def decayed_variables(model: keras.Model) -> list[keras.Variable]:
@@ -207,44 +254,26 @@ def decayed_variables(model: keras.Model) -> list[keras.Variable]:
     """
     exempt = {
         id(variable)
-        for layer in model._flatten_layers()
-        if isinstance(layer, keras.layers.BatchNormalization)
+        for layer in batch_normalizations(model)
         for variable in layer.trainable_variables
     }
     return [v for v in model.trainable_variables if id(v) not in exempt]
 
 
-def half_squared_norm(variables: list[keras.Variable]) -> tf.Tensor:
-    """Returns ½·Σ‖v‖²."""
-    return tf.add_n([tf.nn.l2_loss(tf.convert_to_tensor(v)) for v in variables])
+def batch_normalizations(model: keras.Model) -> list[keras.layers.BatchNormalization]:
+    """Returns the batch normalisations of a model, nested ones too."""
+    layers = model._flatten_layers()
+    return [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
 
 
-class MovingAverage:
-    """The average of weights and batch-norm statistics that evaluation uses.
+def averaging_rate(decay: float, steps_done: Tensor) -> Tensor:
+    """Returns the share 1 − d by which the average of weights and statistics moves in a step.
 
-    a ← a − (1−d)(a − w) after each step, with d = min(decay, (1+n)/(10+n)) for the n-th step: the
-    warm-up of the decay lets a short run forget its initial weights. Keras' own average covers
-    neither the statistics nor the warm-up.
+    d = min(decay, (1+n)/(10+n)) for the n-th step: the warm-up of the decay lets a short run forget
+    its initial weights. Keras' own average covers neither the statistics nor the warm-up.
+
+    Args:
+        decay: of the average.
+        steps_done: this step included, a float32 scalar.
     """
-
-    def __init__(self, variables: list[keras.Variable], decay: float):
-        self.decay = decay
-        self.variables = variables
-        self.averages = [tf.Variable(v.value, trainable=False, name="average") for v in variables]
-        self._strategy = tf.distribute.get_strategy()
-
-    def restart(self) -> None:
-        """Makes the averages what the variables are; outside of any replica."""
-        for average, variable in zip(self.averages, self.variables, strict=True):
-            average.assign(variable.numpy())
-
-    def update(self, steps_done: tf.Tensor) -> None:
-        """Moves the averages towards the variables; outside of any replica."""
-        done = tf.cast(steps_done, tf.float32)
-        rate = 1 - tf.minimum(self.decay, (1 + done) / (10 + done))
-
-        def move(average: tf.Variable, variable: tf.Tensor) -> None:
-            average.assign_sub(tf.cast(rate, average.dtype) * (average - variable))
-
-        for average, variable in zip(self.averages, self.variables, strict=True):
-            self._strategy.extended.update(average, move, args=(variable.value,))
+    return 1 - ops.minimum(decay, (1 + steps_done) / (10 + steps_done))

@@ -1,16 +1,16 @@
 """Durations and learning rates of the official recipes.
 
-Source: tensorflow/tpu, models/official/efficientnet (utils.py, main.py).
+A learning rate is one formula in numpy's float32, computed on the host and handed to whichever
+engine takes the step. Source: tensorflow/tpu, models/official/efficientnet (utils.py, main.py).
 """
 
 import dataclasses
 import math
 import re
-from typing import Any
+from collections.abc import Callable
 
 import gin
-import keras
-import tensorflow as tf
+import numpy as np
 
 from condconv.engine.errors import UsageError
 
@@ -73,67 +73,48 @@ class Clock:
         return max(1, round(self.steps(duration, name)))
 
 
-class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear from zero; then the decay, which has been counting from the first step on."""
-
-    def __init__(self, clock: Clock, base_learning_rate: float, warmup: Duration, name: str):
-        allowed = "a number of at least 0"
-        check_range(
-            f"{name}.base_learning_rate", base_learning_rate, base_learning_rate >= 0, allowed
-        )
-        self.peak = base_learning_rate * clock.batch_size / 256
-        self.warmup_steps = int(clock.steps(warmup, f"{name}.warmup"))
-
-    def decayed(self, step: tf.Tensor) -> tf.Tensor:
-        """Returns the share of the peak that is left at ``step``."""
-        raise NotImplementedError
-
-    def __call__(self, step: Any) -> tf.Tensor:
-        step = tf.cast(step, tf.float32)
-        rising = step / max(self.warmup_steps, 1)
-        return self.peak * tf.where(step < self.warmup_steps, rising, self.decayed(step))
-
-
-class _Exponential(_WarmUp):
-    def __init__(self, clock: Clock, every: Duration, factor: float, *arguments: Any):
-        super().__init__(clock, *arguments)
-        self.every, self.factor = clock.steps(every, "exponential.every"), factor
-        check_range("exponential.every", every, self.every > 0, "a duration above 0")
-        check_range("exponential.factor", factor, 0 < factor <= 1, "a factor above 0 and up to 1")
-
-    def decayed(self, step: tf.Tensor) -> tf.Tensor:
-        return tf.pow(self.factor, tf.floor(step / self.every))
-
-
-class _Cosine(_WarmUp):
-    def __init__(self, clock: Clock, *arguments: Any):
-        super().__init__(clock, *arguments)
-        self.total_steps = clock.total_steps
-
-    def decayed(self, step: tf.Tensor) -> tf.Tensor:
-        return 0.5 * (1 + tf.cos(step * (math.pi / self.total_steps)))
-
-
-class _Constant(_WarmUp):
-    def decayed(self, step: tf.Tensor) -> tf.Tensor:
-        return tf.ones_like(step)
-
-
-class _Polynomial(_WarmUp):
-    def __init__(self, clock: Clock, end: float, power: float, *arguments: Any):
-        super().__init__(clock, *arguments)
-        self.end, self.power = end / self.peak, power
-        self.decay_steps = clock.total_steps - self.warmup_steps + 1
-
-    def decayed(self, step: tf.Tensor) -> tf.Tensor:
-        done = tf.clip_by_value(step - self.warmup_steps, 1.0, self.decay_steps)
-        return (1 - self.end) * (1 - done / self.decay_steps) ** self.power + self.end
-
-
 def check_range(name: str, value: float, fits: bool, allowed: str) -> None:
     """Raises a UsageError for an argument ``name`` whose value does not fit what is allowed."""
     if not fits:
         raise UsageError(f"{name} takes {allowed}, not {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The learning rate by step: a linear rise from zero, then a decay.
+
+    Attributes:
+        peak: learning rate that the decay is a share of.
+        warmup_steps: of the rise.
+        decayed: steps (N,) to the share of the peak that is left, which has been counting from the
+            first step on; float32 both.
+    """
+
+    peak: float
+    warmup_steps: int
+    decayed: Callable[[np.ndarray], np.ndarray]
+
+    def __call__(self, step: int | np.ndarray) -> np.ndarray:
+        """Returns the learning rate of a step, or of each of several, float32."""
+        step = np.asarray(step, np.float32)
+        rising = step / np.float32(max(self.warmup_steps, 1))
+        return np.float32(self.peak) * np.where(
+            step < self.warmup_steps, rising, self.decayed(step)
+        )
+
+
+def _schedule(
+    name: str,
+    clock: Clock,
+    base_learning_rate: float,
+    warmup: Duration,
+    decayed: Callable[[np.ndarray], np.ndarray],
+) -> Schedule:
+    """Returns a schedule whose peak grows with the batch, as officially."""
+    fits = base_learning_rate >= 0
+    check_range(f"{name}.base_learning_rate", base_learning_rate, fits, "a number of at least 0")
+    peak = base_learning_rate * clock.batch_size / 256
+    return Schedule(peak, int(clock.steps(warmup, f"{name}.warmup")), decayed)
 
 
 @gin.register(denylist=["clock"])
@@ -143,7 +124,7 @@ def exponential(
     warmup: Duration = "5 epochs",
     every: Duration = "2.4 epochs",
     factor: float = 0.97,
-) -> keras.optimizers.schedules.LearningRateSchedule:
+) -> Schedule:
     """Warm-up, then a staircase: the schedule of EfficientNet and MnasNet.
 
     Args:
@@ -153,13 +134,20 @@ def exponential(
         every: duration of a stair.
         factor: of the learning rate from one stair to the next.
     """
-    return _Exponential(clock, every, factor, base_learning_rate, warmup, "exponential")
+    steps = clock.steps(every, "exponential.every")
+    check_range("exponential.every", every, steps > 0, "a duration above 0")
+    check_range("exponential.factor", factor, 0 < factor <= 1, "a factor above 0 and up to 1")
+
+    def decayed(step: np.ndarray) -> np.ndarray:
+        return np.power(np.float32(factor), np.floor(step / np.float32(steps)))
+
+    return _schedule("exponential", clock, base_learning_rate, warmup, decayed)
 
 
 @gin.register(denylist=["clock"])
 def cosine(
     clock: Clock, base_learning_rate: float = 0.1, warmup: Duration = "5 epochs"
-) -> keras.optimizers.schedules.LearningRateSchedule:
+) -> Schedule:
     """Warm-up, then half a cosine down to zero at the end of the run.
 
     Args:
@@ -167,15 +155,19 @@ def cosine(
         base_learning_rate: for 256 examples in a step; the peak grows with the batch.
         warmup: duration of the linear rise from zero.
     """
-    return _Cosine(clock, base_learning_rate, warmup, "cosine")
+
+    def decayed(step: np.ndarray) -> np.ndarray:
+        return np.float32(0.5) * (1 + np.cos(step * np.float32(math.pi / clock.total_steps)))
+
+    return _schedule("cosine", clock, base_learning_rate, warmup, decayed)
 
 
 @gin.register(denylist=["clock"])
 def constant(
     clock: Clock, base_learning_rate: float = 0.1, warmup: Duration = "5 epochs"
-) -> keras.optimizers.schedules.LearningRateSchedule:
+) -> Schedule:
     """Warm-up, then the same to the end; arguments as those of ``cosine``."""
-    return _Constant(clock, base_learning_rate, warmup, "constant")
+    return _schedule("constant", clock, base_learning_rate, warmup, np.ones_like)
 
 
 @gin.register(denylist=["clock"])
@@ -185,7 +177,7 @@ def polynomial(
     warmup: Duration = "5 epochs",
     end_learning_rate: float = 0.1,
     power: float = 2.0,
-) -> keras.optimizers.schedules.LearningRateSchedule:
+) -> Schedule:
     """Warm-up, then down to a last learning rate: the official schedule for large batches.
 
     Args:
@@ -198,5 +190,12 @@ def polynomial(
     check_range(
         "polynomial.base_learning_rate", base_learning_rate, base_learning_rate > 0, "more than 0"
     )
-    arguments = (base_learning_rate, warmup, "polynomial")
-    return _Polynomial(clock, end_learning_rate, power, *arguments)
+    schedule = _schedule("polynomial", clock, base_learning_rate, warmup, np.ones_like)
+    end = np.float32(end_learning_rate / schedule.peak)
+    steps = np.float32(clock.total_steps - schedule.warmup_steps + 1)
+
+    def decayed(step: np.ndarray) -> np.ndarray:
+        left = 1 - np.clip(step - schedule.warmup_steps, np.float32(1), steps) / steps
+        return (1 - end) * left ** np.float32(power) + end
+
+    return dataclasses.replace(schedule, decayed=decayed)

@@ -8,15 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import rich.console
 import rich.progress
 import rich.table
-import tensorflow as tf
 from etils import epath
+from tensorboard import summary
 
 from condconv.engine import files
 
@@ -34,7 +34,7 @@ class Telemetry:
     def __init__(self, workdir: epath.Path, total_steps: int, examples_per_step: int, start: int):
         self._file = workdir / _METRICS
         self._total, self._examples = total_steps, examples_per_step
-        self._writer = tf.summary.create_file_writer(str(workdir / "tensorboard"))
+        self._writer = summary.Writer(str(workdir / "tensorboard"))
         self.forget_after(start)
         self._last_line = time.monotonic()
         self._rate = 0.0
@@ -69,9 +69,8 @@ class Telemetry:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self._file.open("a") as file:
             file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        with self._writer.as_default(step=step):
-            for name, value in values.items():
-                tf.summary.scalar(name, value)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
         self._writer.flush()
         self._show(step, values, notable)
 
@@ -88,7 +87,7 @@ class Telemetry:
         if notable or now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
             left = (self._total - step) * self._examples / self._rate if self._rate else None
-            left = "" if left is None else f"  {_clock(left)} left"
+            left = "" if left is None else f"  {clock(left)} left"
             print(f"{text}{left}", file=sys.stderr, flush=True)
 
     def forget_after(self, step: int) -> None:
@@ -158,14 +157,14 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if math.isfinite(_step_of(line))]
 
 
-def environment(seed: int) -> dict[str, Any]:
-    """Returns what else could explain a result: versions, device, commit, seed."""
+def environment(seed: int, devices: Sequence[str]) -> dict[str, Any]:
+    """Returns what else could explain a result: versions, devices, commit, seed."""
     packages = ("condconv", "keras", "tensorflow", "tensorflow-datasets", "numpy")
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},
         "platform": platform.platform(),
-        "devices": [device.name for device in tf.config.list_logical_devices()],
+        "devices": list(devices),
         "commit": _commit(),
         "seed": seed,
     }
@@ -211,13 +210,14 @@ def _brief(values: Mapping[str, float]) -> str:
     texts = [
         (prefix if prefix != "train_" else "").replace("_", " ") + text.format(values[key])
         for name, text in zip(shown, formats, strict=True)
-        for prefix in ("", "train_", "minival_", "val_")
+        for prefix in ("", "train_", "selection_", "val_")
         if (key := prefix + name) in values
     ]
     return "  ".join(texts)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Returns a duration as people read it, "1:05" or "1:00:05"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,26 +1,24 @@
-"""All that a run does, in little and without its data: to try before days are spent on it."""
+"""Tries everything that an experiment would do, in little: without its data, and without a trace."""
 
 import dataclasses
+import itertools
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
-import tensorflow as tf
+import numpy as np
 from etils import epath
 
 from condconv.cost import count_cost
-from condconv.engine import checkpoints
-from condconv.engine.backends.tensorflow import strategy as devices
-from condconv.engine.backends.tensorflow.run import Run, build, check_batches_divide
-from condconv.engine.backends.tensorflow.step import Stepper, train_batches
-from condconv.engine.errors import RunError
-from condconv.engine.evaluation import Evaluator
-from condconv.engine.experiment import (
-    Data,
-    Experiment,
-    blaming_the_config,
-    failing_in_one_line,
-)
+from condconv.engine import backends
+from condconv.engine.backends import Run
+from condconv.engine.checkpoints import Checkpoints, Notes
+from condconv.engine.errors import RunError, blaming_the_config, in_one_line
+from condconv.engine.evaluation import in_order
+from condconv.engine.experiment import Data, Experiment, build_data, check_batches_divide
+from condconv.engine.restore import initialize
+from condconv.engine.tasks import Batch
 
 _STEPS = 2
 
@@ -33,7 +31,7 @@ def dry_run(
     Args:
         experiment: to try; nothing of it is written anywhere.
         batch_per_replica: examples of a step on each replica, whatever the config says.
-        tpu: to try it on, see ``devices.strategy``.
+        tpu: to try it on, see ``backends.Backend.connect``.
 
     Returns:
         What the whole run would be and take, by name.
@@ -42,21 +40,22 @@ def dry_run(
         UsageError: if the config asks for what cannot be.
         RunError: if a step, the evaluation or the checkpoint fails.
     """
-    strategy = devices.strategy(experiment.devices, tpu)
-    replicas = strategy.num_replicas_in_sync
-    check_batches_divide(experiment, replicas)
-    batch_size = batch_per_replica * replicas
+    backend = backends.choose()
+    devices = backend.connect(experiment.devices, tpu)
+    check_batches_divide(experiment, devices.replicas)
+    batch_size = batch_per_replica * devices.replicas
     small = dataclasses.replace(
         experiment,
         batch_size=batch_size * experiment.accumulation_steps,
         eval_batch_size=batch_size,
     )
-    run = build(small, strategy, stand_in=True)
-    run.initialize()
-    clock = experiment.clock(run.data.num_examples(experiment.train_split))
+    data = build_data(experiment, *experiment.splits, stand_in=True)
+    clock = experiment.clock(data.num_examples(experiment.train_split))
     with blaming_the_config():
         experiment.schedule(clock=clock)
-    with failing_in_one_line():
+    run = backend.build(small, devices, _Beginning(data, batch_size))
+    initialize(run)
+    with in_one_line(RunError, errors=devices.failures):
         seconds = _steps(run)
         _evaluate(run)
     cost = count_cost(run.model)
@@ -65,8 +64,8 @@ def dry_run(
         "network": run.model.name,
         "parameters": cost.parameters,
         "multiply-adds": cost.multiply_adds,
-        "data": f"{run.data.name}, {clock.num_examples:,} examples to train on",
-        "replicas": replicas,
+        "data": f"{data.name}, {clock.num_examples:,} examples to train on",
+        "replicas": devices.replicas,
         "batch size": experiment.batch_size,
         "steps": clock.total_steps,
         "epochs": round(clock.total_steps * clock.batch_size / clock.num_examples, 2),
@@ -78,10 +77,10 @@ def dry_run(
 
 def _steps(run: Run) -> float:
     """Takes the steps; returns the seconds of the last one, when all has been compiled."""
-    batches, stepper = iter(train_batches(run, 0)), Stepper(run)
+    batches = run.batches(0)
     for step in range(_STEPS):
         start = time.monotonic()
-        taken = stepper(batches, step, 1)
+        taken = run.steps(batches, step, run.schedule(np.arange(step, step + 1)))
         seconds = time.monotonic() - start
         if taken.bad is not None:
             raise RunError(f"the loss or its gradient is not finite in step {step}")
@@ -89,34 +88,37 @@ def _steps(run: Run) -> float:
 
 
 def _evaluate(run: Run) -> None:
-    batch_size = run.experiment.eval_batch_size
-    beginning = _Beginning(run.data, batch_size)
     split = run.experiment.selection_split or run.experiment.eval_split
     with run.averaged():
-        Evaluator(run.model, beginning, batch_size, run.strategy)(split)
+        in_order(run.evaluator(split), run.data, split)
 
 
 def _checkpoint(run: Run) -> int:
     """Writes a checkpoint, reads and restores it; returns its bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        kept = checkpoints.Checkpoints(epath.Path(folder))
-        kept.save(_STEPS, run.state(), checkpoints.Notes())
-        run.restore(kept.load(_STEPS))
+        checkpoints = Checkpoints(epath.Path(folder))
+        checkpoints.save(_STEPS, run.state(), Notes())
+        loaded = checkpoints.load(_STEPS)
+        run.restore(loaded.state, loaded.name)
         return sum(path.stat().length for path in epath.Path(folder).glob("checkpoints/*/*"))
 
 
 class _Beginning:
-    """The first examples of each split of some data."""
+    """Some data of which only the first batch of each split is evaluated."""
 
-    def __init__(self, data: Data, count: int):
-        self.name, self.num_classes, self.answers = data.name, data.num_classes, data.answers
-        self._data, self._count = data, count
+    def __init__(self, data: Data, batch_size: int):
+        self._data, self._batch_size = data, batch_size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
 
     def num_examples(self, split: str) -> int:
-        return min(self._count, self._data.num_examples(split))
+        """Returns how many of them there are."""
+        return min(self._batch_size, self._data.num_examples(split))
 
-    def eval_batches(self, split: str, **arguments: Any) -> tf.data.Dataset:
-        return self._data.eval_batches(split, **arguments).take(1)
+    def eval_batches(self, split: str, **arguments: Any) -> Iterator[Batch]:
+        """Returns the first batch."""
+        return itertools.islice(self._data.eval_batches(split, **arguments), 1)
 
 
 def _duration(seconds: float) -> str:

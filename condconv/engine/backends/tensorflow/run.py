@@ -1,8 +1,8 @@
-"""An experiment that has been built: network, optimizer, averages, and all of their state."""
+"""A run on TensorFlow: network, optimizer, averages, and all of their state."""
 
 import contextlib
 import dataclasses
-import sys
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,82 +11,127 @@ import numpy as np
 import tensorflow as tf
 
 from condconv.engine import checkpoints
-from condconv.engine.backends.tensorflow import strategy as devices
-from condconv.engine.errors import UsageError
+from condconv.engine.backends import Arrays, Evaluator, Steps
+from condconv.engine.backends.tensorflow import step, updates
+from condconv.engine.backends.tensorflow.strategy import Devices, connect
+from condconv.engine.errors import UsageError, blaming_the_config
 from condconv.engine.experiment import (
-    Data,
     Experiment,
-    blaming_the_config,
     build_data,
     build_model,
+    build_task,
+    check_batches_divide,
     check_images_fit,
 )
-from condconv.engine.optimization import LossScale, MovingAverage
-from condconv.engine.schedules import Clock
+from condconv.engine.optimization import HandedRate, batch_normalizations, build_optimizer
+from condconv.engine.schedules import Clock, Schedule
+from condconv.engine.tasks import Data, Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An experiment that has been built and can be stepped.
+    """An experiment that has been built and can be stepped; see ``backends.Run``.
 
     Attributes:
-        experiment: what was asked for.
-        data: its data.
-        strategy: where it computes.
-        clock: turns durations into steps.
-        schedule: learning rate by step.
-        model, optimizer: built under the strategy.
+        rate: what the optimizer learns at.
         average: of the weights, or None.
-        loss_scale: of float16, or None.
+        scale: of float16's loss, or None.
+        waiting: whether the step under way is waiting for its batch.
     """
 
     experiment: Experiment
     data: Data
-    strategy: tf.distribute.Strategy
+    task: Task
+    devices: Devices
     clock: Clock
-    schedule: keras.optimizers.schedules.LearningRateSchedule
+    schedule: Schedule
     model: keras.Model
     optimizer: keras.optimizers.Optimizer
-    average: MovingAverage | None
-    loss_scale: LossScale | None
+    rate: HandedRate
+    average: updates.MovingAverage | None
+    scale: updates.LossScale | None
+    waiting: tf.Variable
 
-    def state(self) -> checkpoints.Arrays:
+    @property
+    def strategy(self) -> tf.distribute.Strategy:
+        """Where it computes."""
+        return self.devices.strategy
+
+    @property
+    def precise(self) -> tf.DType:
+        """What losses and their sums are computed in."""
+        return tf.float64 if self.experiment.precision == "float64" else tf.float32
+
+    def batches(self, start: int) -> Iterator[Any]:
+        """Returns the distributed training batches from step ``start`` of the data on."""
+        return iter(self.devices.distribute(self.experiment.batch_size, self._shard(start)))
+
+    def _shard(self, start: int) -> Any:
+        experiment = self.experiment
+
+        def shard(batch_size: int, shard: int, num_shards: int) -> Any:
+            return self.data.train_batches(
+                experiment.train_split,
+                batch_size=batch_size,
+                seed=experiment.seed,
+                start=start,
+                shard=shard,
+                num_shards=num_shards,
+            )
+
+        return shard
+
+    def steps(
+        self,
+        batches: Iterator[Any],
+        first: int,
+        rates: np.ndarray,
+        skipped: int = 0,
+        stop: bool = False,
+    ) -> Steps:
+        """Runs a step for each learning rate, in one call of a compiled function."""
+        padded = np.zeros(max(len(rates), self.experiment.steps_per_call), np.float32)
+        padded[: len(rates)] = rates  # of one size, or each count of steps would be compiled
+        sums, bad, stop = self._compiled(
+            batches,
+            tf.constant(first, tf.int64),
+            tf.constant(padded),
+            tf.constant(len(rates)),
+            tf.constant(skipped, tf.int64),
+            tf.constant(float(stop)),
+        )
+        values = {name: float(value) for name, value in sums.items()}
+        return Steps(values, None if bad == step.GOOD else int(bad), bool(stop > 0))
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        def several(*arguments: Any) -> Any:
+            return step.several(self, *arguments)
+
+        return tf.function(several)
+
+    def is_waiting(self) -> bool:
+        """Returns whether the step under way is waiting for its batch."""
+        return bool(self.waiting.numpy())
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        """What judges the weights that the model has."""
+        size = self.experiment.eval_batch_size or self.experiment.batch_size
+        return self.devices.evaluator(self.model, self.task, self.data, size)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The factor of float16's loss, or None."""
+        return float(self.scale.read()) if self.scale else None
+
+    def state(self) -> dict[str, np.ndarray]:
         """Returns all that a checkpoint holds, by name."""
         return {name: np.asarray(v.numpy()) for name, v in self._variables().items()}
 
-    def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
-        """Takes over the state of a checkpoint.
-
-        Raises:
-            UsageError: if it is one of another network or optimizer.
-        """
-        what = f"the checkpoint of step {checkpoint.step}"
-        checkpoints.fit(checkpoint.state, self._variables(), what)
-
-    def initialize(self) -> None:
-        """Takes over what ``Experiment.init_from`` names, and says what does not fit.
-
-        A classifier of another size is made anew.
-
-        Raises:
-            UsageError: if there is no such file, or nothing of it fits.
-        """
-        path = self.experiment.init_from
-        if not path:
-            return
-        values, variables = checkpoints.weights_of(path), checkpoints.named_variables(self.model)
-        shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
-        taken = [n for n in variables if n in values and values[n].shape == shapes[n]]
-        if not taken:
-            raise UsageError(f"Experiment.init_from={path!r} has no variable of {self.model.name}")
-        for name in taken:
-            variables[name].assign(values[name])
-        if self.average:
-            self.average.restart()
-        print(f"{path}: {len(taken)} of {len(variables)} variables taken", file=sys.stderr)
-        for what, names in (("made anew", variables), ("not taken", values)):
-            if left := sorted(set(names) - set(taken)):
-                print(f"  {what}: {', '.join(left)}", file=sys.stderr)
+    def restore(self, state: Arrays, what: str) -> None:
+        """Takes over a state; raises a UsageError if it is one of another network or optimizer."""
+        checkpoints.fit(state, self._variables(), what)
 
     def _variables(self) -> dict[str, Any]:
         weights = checkpoints.named_variables(self.model)
@@ -96,97 +141,62 @@ class Run:
         if self.average:
             averages = zip(weights, self.average.averages, strict=True)
             named |= {f"average/{path}": average for path, average in averages}
-        if self.loss_scale:
-            named |= {f"loss_scale/{n}": v for n, v in self.loss_scale.variables.items()}
+        if self.scale:
+            named |= {f"loss_scale/{n}": v for n, v in self.scale.variables.items()}
         return named
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Lets the model compute with the averages of its weights, if there are any."""
+    def averaged(self) -> Iterator[bool]:
+        """Lets the model compute with the averages of its weights; gives whether there are any."""
         if not self.average:
-            yield
+            yield False
             return
         own = [variable.numpy() for variable in self.average.variables]
         for variable, average in zip(self.average.variables, self.average.averages, strict=True):
             variable.assign(average.numpy())
         try:
-            yield
+            yield True
         finally:
             for variable, value in zip(self.average.variables, own, strict=True):
                 variable.assign(value)
 
 
-def build(
-    experiment: Experiment,
-    strategy: tf.distribute.Strategy | None = None,
-    stand_in: bool = False,
-) -> Run:
-    """Builds everything that a run needs, and writes nothing.
-
-    Args:
-        experiment: to build.
-        strategy: where to compute; by default as the experiment says.
-        stand_in: whether made-up photographs take the place of the data.
-
-    Raises:
-        UsageError: if the config asks for what cannot be.
-    """
-    strategy = strategy or devices.strategy(experiment.devices)
-    check_batches_divide(experiment, strategy.num_replicas_in_sync)
-    splits = (experiment.train_split, experiment.selection_split, experiment.eval_split)
-    data = build_data(experiment, *filter(None, splits), stand_in=stand_in)
+def build(experiment: Experiment, devices: Devices | None = None, data: Data | None = None) -> Run:
+    """Builds everything that a run needs; see ``backends.Backend``."""
+    devices = devices or connect(experiment.devices)
+    _check_divisible(experiment, devices.replicas)
+    data = data or build_data(experiment, *experiment.splits)
     clock = experiment.clock(data.num_examples(experiment.train_split))
+    task = build_task(experiment, data)
     keras.utils.set_random_seed(experiment.seed)
-    with strategy.scope():
+    with devices.scope():
         model = build_model(experiment, data.num_classes)
         check_images_fit(model, data, experiment.train_split)
-        _synchronize(model, experiment.synchronized_batch_norm)
+        for layer in batch_normalizations(model):
+            layer.synchronized = experiment.synchronized_batch_norm
+        rate = HandedRate()
         with blaming_the_config():
             schedule = experiment.schedule(clock=clock)
-            optimizer = experiment.optimizer(learning_rate=schedule)
-        optimizer.build(model.trainable_variables)
-        average = None
+            optimizer = build_optimizer(experiment.optimizer, rate, model)
+        updates.prepare(optimizer)
+        average, scale = None, None
         if experiment.ema_decay:
             weights = list(checkpoints.named_variables(model).values())
-            average = MovingAverage(weights, experiment.ema_decay)
-        loss_scale = LossScale() if experiment.precision == "mixed_float16" else None
-    run = Run(experiment, data, strategy, clock, schedule, model, optimizer, average, loss_scale)
-    _check_input(run)
+            average = updates.MovingAverage(weights, experiment.ema_decay)
+        if experiment.precision == "mixed_float16":
+            scale = updates.LossScale()
+    built = (model, optimizer, rate, average, scale, tf.Variable(False, trainable=False))
+    run = Run(experiment, data, task, devices, clock, schedule, *built)
+    with blaming_the_config():  # makes the training batches' graph, which may refuse the config
+        run._shard(0)(experiment.batch_size, 0, 1)
     return run
 
 
-def check_batches_divide(experiment: Experiment, replicas: int) -> None:
-    """Raises a UsageError if a batch cannot be divided among replicas and accumulated parts."""
-    parts = {"batch_size": replicas * experiment.accumulation_steps, "eval_batch_size": replicas}
-    for name, count in parts.items():
-        size = getattr(experiment, name)
-        if size is not None and size % count:
-            raise UsageError(
-                f"Experiment.{name}={size} cannot be divided among {replicas} replicas, "
-                f"{count // replicas} times each: take a multiple of {count}"
-            )
+def _check_divisible(experiment: Experiment, replicas: int) -> None:
+    """Raises a UsageError if the work cannot be divided among replicas."""
+    check_batches_divide(experiment, replicas)
     if experiment.xla and experiment.synchronized_batch_norm and replicas > 1:
         raise UsageError(
             "Experiment.xla=True compiles a replica by itself, and cannot synchronise its batch "
             f"normalisation with {replicas - 1} others: set one of the two to False"
-        )
-
-
-def _synchronize(model: keras.Model, synchronized: bool) -> None:
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.synchronized = synchronized
-
-
-def _check_input(run: Run) -> None:
-    """Makes the training batches' graph, so that a config they refuse is refused now."""
-    experiment = run.experiment
-    with blaming_the_config():
-        run.data.train_batches(
-            experiment.train_split,
-            batch_size=experiment.batch_size,
-            seed=experiment.seed,
-            start=0,
-            shard=0,
-            num_shards=1,
         )
