@@ -22,25 +22,22 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON: a list of objects, one a r
 
 def main(_: list[str]) -> int:
     """Runs what is missing, then prints the table."""
-    from condconv.engine import files
     from condconv.engine.errors import UsageError
-    from condconv.tools.studies import text
-    from condconv.tools.studies.table import read_table
 
     if not _TABLE.value:
         raise UsageError("needs --table=NAME; see --help")
+    if _DATASET.value != "none" and not _WORKDIR.value:
+        raise UsageError(f"--dataset={_DATASET.value} needs --workdir=FOLDER; see --help")
+    command.import_backend()
+    from condconv.engine import files
+    from condconv.tools.studies import costs, sweep, text
+    from condconv.tools.studies.study import Study
+    from condconv.tools.studies.table import read_table
+
     table = read_table(_TABLE.value)
     if _DATASET.value == "none":
-        command.import_backend()
-        from condconv.tools.studies import costs
-
         text.show_costs(costs.cost_lines(table), _JSON.value)
         return 0
-    if not _WORKDIR.value:
-        raise UsageError(f"--dataset={_DATASET.value} needs --workdir=FOLDER; see --help")
-    from condconv.tools.studies import sweep
-    from condconv.tools.studies.study import Study
-
     folder = files.path(_WORKDIR.value) / table.name / _DATASET.value
     study = Study(table, _DATASET.value, tuple(_GIN_PARAM.value))
     code = sweep.run(study, folder, range(_SEEDS.value), _JOBS.value)

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import time
 
 import pytest
 import small_sweep
+from etils import epath
 from small_sweep import TABLE
 
 from condconv.engine.errors import UsageError
@@ -55,7 +57,7 @@ def test_what_is_missing_is_run_and_what_is_done_is_not(stand_ins, capsys):
     assert calls(stand_ins) == dict.fromkeys(runs, BOTH)
     said = capsys.readouterr().err
     assert "2 of 4 are done already" in said
-    assert re.search(r"condconv2 seed 1: top-1 0\.6000 after \d+ s; \d of 4 done, ", said)
+    assert re.search(r"condconv2 seed 1: top-1 0\.6000 after 0:0\d; \d of 4 done, ", said)
     results, rejected = study.read_results(small_sweep.place(stand_ins))
     assert rejected == []
     assert [(r.row, r.seed, r.metrics["top1"]) for r in results] == [
@@ -178,9 +180,9 @@ def test_a_table_of_files_that_are_not_there_is_refused_before_anything_runs(sta
     assert calls(stand_ins) == {}
 
 
-def reproduce(*arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def reproduce(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *options, "scripts/reproduce.py", *arguments],
+        [sys.executable, "scripts/reproduce.py", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -194,15 +196,11 @@ def table(tmp_path) -> str:
     return f"--table={tmp_path}/small.toml"
 
 
-def test_when_all_is_done_the_command_prints_at_once_and_needs_no_tensorflow(stand_ins, table):
+def test_when_all_is_done_the_command_prints_and_runs_nothing(stand_ins, table):
     sweep.run(small_sweep.study(), small_sweep.place(stand_ins), range(1))
-    flags = [table, "--dataset=digits", f"--workdir={stand_ins}/runs", "--json"]
-    done = reproduce(*flags, options=("-X", "importtime"))
-    assert done.returncode == 0
+    done = reproduce(table, "--dataset=digits", f"--workdir={stand_ins}/runs", "--json")
+    assert (done.returncode, done.stderr) == (0, "2 of 2 are done already\n")
     assert [row["name"] for row in json.loads(done.stdout)] == ["static", "condconv2"]
-    imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
-    assert "numpy" in imported
-    assert not imported & {"tensorflow", "keras", "gin"}
     assert calls(stand_ins) == {"condconv2 seed0": BOTH, "static seed0": BOTH}
 
 
@@ -224,6 +222,7 @@ def costs_of(name: str) -> list[dict]:
     return list(costs.cost_lines(read_table(name)))
 
 
+@pytest.mark.slow
 def test_the_command_prints_costs(tmp_path):
     (tmp_path / "one.toml").write_text(TABLE.partition('[[rows]]\nname = "condconv2"')[0])
     done = reproduce(f"--table={tmp_path}/one.toml", "--json")
@@ -261,23 +260,27 @@ def test_ablations_cost_what_follows_from_their_architecture():
 
 
 @pytest.mark.slow
-def test_digits_are_trained_killed_and_gone_on_with_to_the_same_table(tmp_path, table):
+def test_digits_are_trained_killed_and_gone_on_with_to_the_same_table(tmp_path, table, capsys):
     params = ("Experiment.duration = '30 steps'", "Experiment.checkpoint_every = '5 steps'")
     short = [f"--gin_param={each}" for each in (*params, "mobilenet_v1.width = 0.1")]
     flags = [table, "--dataset=digits", "--jobs=2", "--json", *short]
     whole = reproduce(*flags, f"--workdir={tmp_path}/whole")
     assert whole.returncode == 0, whole.stderr
-    cut = f"--workdir={tmp_path}/cut"
-    process = subprocess.Popen([sys.executable, "scripts/reproduce.py", *flags, cut], cwd=ROOT)
-    checkpoints = tmp_path / "cut" / "small" / "digits" / "static" / "seed0" / "checkpoints"
+    done, cut = (epath.Path(tmp_path) / name / "small" / "digits" for name in ("whole", "cut"))
+    shutil.copytree(done, cut)  # so that one row is left to run
+    shutil.rmtree(cut / "static")
+    flags.append(f"--workdir={tmp_path}/cut")
+    process = subprocess.Popen([sys.executable, "scripts/reproduce.py", *flags], cwd=ROOT)
+    checkpoints = cut / "static" / "seed0" / "checkpoints"
     wait_until(lambda: checkpoints.exists() and any(checkpoints.iterdir()), 300)
     process.kill()
     process.communicate()
-    again = reproduce(*flags, cut)
+    again = reproduce(*flags)
     assert again.returncode == 0, again.stderr
-    assert again.stdout == whole.stdout
-    third = reproduce(*flags, cut)
-    assert (third.stdout, third.stderr) == (whole.stdout, "2 of 2 are done already\n")
+    assert (again.stdout, again.stderr.splitlines()[0]) == (whole.stdout, "1 of 2 are done already")
+    capsys.readouterr()
+    assert sweep.run(study.read_study(cut), cut, range(1)) == 0
+    assert capsys.readouterr().err == "2 of 2 are done already\n"
 
 
 @pytest.mark.parametrize("name", ["imagenet", "released"])

@@ -22,7 +22,7 @@ from etils import epath
 
 from condconv.engine import files
 from condconv.engine.errors import RunError, UsageError
-from condconv.engine.loop import stopping_signals, tell
+from condconv.engine.loop import stopping_signals
 from condconv.engine.telemetry import clock
 from condconv.tools.studies.study import Study, read_result, read_study, write_result
 from condconv.tools.studies.table import ROOT, Row
@@ -119,7 +119,7 @@ class _Sweep:
     def go(self) -> int:
         """Runs all tasks; returns the exit code."""
         if self._skipped:
-            tell(f"{self._skipped} of {self._total} are done already")
+            _tell(f"{self._skipped} of {self._total} are done already")
         try:
             while (self._waiting or self._running) and not self._signals:
                 self._start_some()
@@ -128,10 +128,10 @@ class _Sweep:
         finally:
             self._stop()
         if self._signals:
-            tell(f"stopped with {self._done()} of {self._total} done; the same command goes on")
+            _tell(f"stopped with {self._done()} of {self._total} done; the same command goes on")
             return 128 + self._signals[0]
         for task, reason in self._failed.items():
-            tell(f"failed: {task}: {reason}")
+            _tell(f"failed: {task}: {reason}")
         return 1 if self._failed else 0
 
     def _is_done(self, task: _Task) -> bool:
@@ -141,7 +141,7 @@ class _Sweep:
         try:
             read_result(self._study, path)
         except UsageError as error:
-            tell(f"{task}: its result {error}; running it again")
+            _tell(f"{task}: its result {error}; running it again")
             return False
         return True
 
@@ -157,7 +157,7 @@ class _Sweep:
                 lock = _lock(task.folder)
             except BlockingIOError:
                 if task not in self._elsewhere:
-                    tell(f"{task}: another process is at it; waiting for that one")
+                    _tell(f"{task}: another process is at it; waiting for that one")
                 self._elsewhere.add(task)
                 continue
             self._waiting.remove(task)
@@ -170,7 +170,7 @@ class _Sweep:
         slot = min({*range(self._jobs)} - {running.slot for running in self._running})
         running = _Running(task, slot, lock, self._commands(task), time.monotonic())
         self._running.append(running)
-        tell(f"{task}: begins")
+        _tell(f"{task}: begins")
         self._next_command(running)
 
     def _commands(self, task: _Task) -> collections.deque[list[str]]:
@@ -216,10 +216,10 @@ class _Sweep:
             result = read_result(self._study, task.folder / "result.json")
         except (RunError, UsageError) as error:
             self._failed[task] = str(error)
-            tell(f"{task}: failed: {error}")
+            _tell(f"{task}: failed: {error}")
         else:
             self._seconds.append(seconds)
-            tell(
+            _tell(
                 f"{task}: top-1 {result.metrics['top1']:.4f} after {clock(seconds)}; "
                 f"{self._done()} of {self._total} done, {self._remaining()}"
             )
@@ -288,3 +288,7 @@ def _reason(code: int, said: str) -> str:
         return lines[-1]
     ended = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
     return f"{ended}; {lines[-1] if lines else 'nothing said'}"
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
