@@ -62,7 +62,7 @@ def make_commands(folder: pathlib.Path) -> None:
     sweep.ROOT = folder
 
 
-def study(*gin_params: str) -> Study:
+def small_study(*gin_params: str) -> Study:
     return Study(parse_table("small", TABLE), "digits", gin_params)
 
 
@@ -72,4 +72,4 @@ def place(folder: pathlib.Path) -> epath.Path:
 
 if __name__ == "__main__":
     sweep.ROOT = pathlib.Path(sys.argv[1])
-    sys.exit(sweep.run(study(), place(sweep.ROOT), range(1)))
+    sys.exit(sweep.run(small_study(), place(sweep.ROOT), range(1)))

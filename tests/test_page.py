@@ -511,8 +511,8 @@ def test_training_ends_with_a_page_and_evaluation_adds_to_it(tmp):
     page = Page(tmp / "run" / "report.html")
     assert "has not been evaluated" in page.text and len(page.drawn) >= 3
     call("eval.py", f"--workdir={tmp / 'run'}")
-    told = call("scripts/report.py", str(tmp / "run"))
-    assert told.strip() == str(tmp / "run" / "report.html")
+    printed = call("scripts/report.py", str(tmp / "run"))
+    assert printed.strip() == str(tmp / "run" / "report.html")
     top1 = json.loads((tmp / "run" / "eval.json").read_text())["top1"]
     assert Page(tmp / "run" / "report.html").tables["Results"][1][1][1] == top1
 
@@ -535,6 +535,8 @@ LOOK = """(width => {
     const texts = all(drawing, "text"), marks = all(drawing, ".mark");
     apart(texts);
     [...texts, ...marks].forEach(e => inside(e, drawing));
+    const ink = getComputedStyle(document.body).color;
+    if (texts.some(e => getComputedStyle(e).fill != ink)) found.push("text is not as the page's");
     if (!marks.length) found.push(name(drawing) + " is empty");
   }
   for (const e of all(document, "td, th, h1, h2, p, li, figure"))
@@ -556,25 +558,25 @@ def browser(request):
         yield opened
 
 
-def objections(browser, page: epath.Path, width: int) -> list[str]:
+def objections(browser, page: epath.Path, width: int, scheme: str = "light") -> list[str]:
     """Returns what a browser finds wrong with a page: outside addresses, errors, looks."""
     page = pathlib.Path(page)
-    browser.open(page, width)
+    browser.open(page, width, scheme=scheme)
     seen = browser.evaluate(f"{LOOK}({width})")
-    asked = [event["request"]["url"] for event in browser.told("Network.requestWillBeSent")]
-    said = browser.told("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+    asked = [event["request"]["url"] for event in browser.said("Network.requestWillBeSent")]
+    noted = browser.said("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
     assert page.as_uri() in asked
-    return [*seen, *(url for url in asked if url != page.as_uri()), *map(str, said)]
+    return [*seen, *(url for url in asked if url != page.as_uri()), *map(str, noted)]
 
 
-@pytest.mark.parametrize("width", [400, 1400])
-def test_a_browser_shows_the_pages_as_they_should_be(browser, tmp, width):
+@pytest.mark.parametrize(("width", "scheme"), [(400, "dark"), (1400, "light")])
+def test_a_browser_shows_the_pages_as_they_should_be(browser, tmp, width, scheme):
     runs = [make_run(tmp / f"run{i}", i) for i in range(8)]
     long = make_run(tmp / ("long" * 40), **{"environment.json": {"x" * 300: "y" * 300}})
     (long / "eval.json").write_text("{")
     for workdirs in ([runs[0]], runs, [long], [long, runs[0]], [make_study(tmp / "study")]):
         report.write(workdirs, tmp / "r.html")
-        assert objections(browser, tmp / "r.html", width) == []
+        assert objections(browser, tmp / "r.html", width, scheme) == []
 
 
 def test_the_look_at_a_page_can_fail(browser, tmp):

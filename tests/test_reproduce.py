@@ -18,11 +18,12 @@ import time
 import pytest
 import small_sweep
 from etils import epath
-from small_sweep import TABLE
+from small_sweep import TABLE, make_commands, place, small_study
 
 from condconv.engine.errors import UsageError
 from condconv.tools.studies import study, sweep
 from condconv.tools.studies.table import Row, parse_table, read_table
+from condconv.tools.studies.text import show_results
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -30,14 +31,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch) -> pathlib.Path:
     monkeypatch.setattr(sweep, "ROOT", None)  # so that it is restored
-    small_sweep.make_commands(tmp_path)
+    make_commands(tmp_path)
     monkeypatch.setattr(sweep, "_POLL_SECONDS", 0.01)
     return tmp_path
 
 
 def calls(tmp_path: pathlib.Path) -> dict[str, list[str]]:
     """Returns what was called in each run, without the cores."""
-    found = sorted(small_sweep.place(tmp_path).glob("*/seed*/calls"))
+    found = sorted(place(tmp_path).glob("*/seed*/calls"))
     return {
         f"{path.parent.parent.name} {path.parent.name}": re.sub(
             " on .*", "", path.read_text()
@@ -50,15 +51,15 @@ BOTH = ["train", "eval"]
 
 
 def test_what_is_missing_is_run_and_what_is_done_is_not(stand_ins, capsys):
-    assert sweep.run(small_sweep.study(), small_sweep.place(stand_ins), range(1)) == 0
+    assert sweep.run(small_study(), place(stand_ins), range(1)) == 0
     assert calls(stand_ins) == {"condconv2 seed0": BOTH, "static seed0": BOTH}
-    assert sweep.run(small_sweep.study(), small_sweep.place(stand_ins), range(2), jobs=2) == 0
+    assert sweep.run(small_study(), place(stand_ins), range(2), jobs=2) == 0
     runs = [f"{row} seed{seed}" for row in ("condconv2", "static") for seed in (0, 1)]
     assert calls(stand_ins) == dict.fromkeys(runs, BOTH)
     said = capsys.readouterr().err
     assert "2 of 4 are done already" in said
     assert re.search(r"condconv2 seed 1: top-1 0\.6000 after 0:0\d; \d of 4 done, ", said)
-    results, rejected = study.read_results(small_sweep.place(stand_ins))
+    results, rejected = study.read_results(place(stand_ins))
     assert rejected == []
     assert [(r.row, r.seed, r.metrics["top1"]) for r in results] == [
         ("static", 0, 0.5), ("static", 1, 0.5), ("condconv2", 0, 0.6), ("condconv2", 1, 0.6)
@@ -67,20 +68,20 @@ def test_what_is_missing_is_run_and_what_is_done_is_not(stand_ins, capsys):
 
 def test_rows_at_a_time_share_the_cores(stand_ins):
     cores = sorted(os.sched_getaffinity(0))
-    assert sweep.run(small_sweep.study(), small_sweep.place(stand_ins), range(1), jobs=2) == 0
-    used = [(path / "calls").read_text() for path in small_sweep.place(stand_ins).glob("*/seed0")]
+    assert sweep.run(small_study(), place(stand_ins), range(1), jobs=2) == 0
+    used = [(path / "calls").read_text() for path in place(stand_ins).glob("*/seed0")]
     shares = [cores[0::2], cores[1::2]] if len(cores) > 1 else [cores, cores]
     assert sorted(used) == sorted(f"train on {share}\neval\n" for share in shares)
 
 
 def test_a_damaged_result_is_run_again(stand_ins, capsys):
-    sweep.run(small_sweep.study(), small_sweep.place(stand_ins), range(1))
-    path = small_sweep.place(stand_ins) / "static" / "seed0" / "result.json"
+    sweep.run(small_study(), place(stand_ins), range(1))
+    path = place(stand_ins) / "static" / "seed0" / "result.json"
     path.write_text(path.read_text()[:100])
-    assert sweep.run(small_sweep.study(), small_sweep.place(stand_ins), range(1)) == 0
+    assert sweep.run(small_study(), place(stand_ins), range(1)) == 0
     assert calls(stand_ins)["static seed0"] == 2 * BOTH
     assert "static seed 0: its result" in capsys.readouterr().err
-    assert len(study.read_results(small_sweep.place(stand_ins))[0]) == 2
+    assert len(study.read_results(place(stand_ins))[0]) == 2
 
 
 @pytest.mark.parametrize(
@@ -93,16 +94,16 @@ def test_a_damaged_result_is_run_again(stand_ins, capsys):
 def test_a_row_that_fails_stops_no_other_and_is_named_at_the_end(
     stand_ins, capsys, mood, said, logged
 ):
-    failing = small_sweep.place(stand_ins) / "static" / "seed0"
+    failing = place(stand_ins) / "static" / "seed0"
     failing.mkdir(parents=True)
     (failing / "mood").write_text(mood)
-    assert sweep.run(small_sweep.study(), small_sweep.place(stand_ins), range(2)) == 1
+    assert sweep.run(small_study(), place(stand_ins), range(2)) == 1
     assert capsys.readouterr().err.splitlines()[-1] == f"failed: static seed 0: {said}"
     assert logged in (failing / "output.log").read_text()
-    assert len(study.read_results(small_sweep.place(stand_ins))[0]) == 3
+    assert len(study.read_results(place(stand_ins))[0]) == 3
     (failing / "mood").unlink()
-    assert sweep.run(small_sweep.study(), small_sweep.place(stand_ins), range(2)) == 0
-    assert len(study.read_results(small_sweep.place(stand_ins))[0]) == 4
+    assert sweep.run(small_study(), place(stand_ins), range(2)) == 0
+    assert len(study.read_results(place(stand_ins))[0]) == 4
 
 
 def wait_until(holds, seconds: float = 20) -> None:
@@ -132,9 +133,9 @@ def test_a_signal_stops_the_children_and_the_next_call_goes_on(stand_ins, number
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 128 + number
     assert said.splitlines()[-1].endswith("stopped with 0 of 2 done; the same command goes on")
-    assert (small_sweep.place(stand_ins) / "static" / "seed0" / "saved").exists()
+    assert (place(stand_ins) / "static" / "seed0" / "saved").exists()
     (stand_ins / "mood").unlink()
-    assert sweep.run(small_sweep.study(), small_sweep.place(stand_ins), range(1)) == 0
+    assert sweep.run(small_study(), place(stand_ins), range(1)) == 0
     assert calls(stand_ins)["static seed0"] == ["train", "waiting", *BOTH]
 
 
@@ -145,9 +146,9 @@ def test_after_a_kill_the_next_call_waits_for_what_still_runs(stand_ins, capsys)
     process.kill()
     process.communicate()
     (stand_ins / "mood").unlink()
-    orphan = int((small_sweep.place(stand_ins) / "static" / "seed0" / "pid").read_text())
+    orphan = int((place(stand_ins) / "static" / "seed0" / "pid").read_text())
     threading.Timer(0.1, os.kill, (orphan, signal.SIGTERM)).start()
-    assert sweep.run(small_sweep.study(), small_sweep.place(stand_ins), range(1)) == 0
+    assert sweep.run(small_study(), place(stand_ins), range(1)) == 0
     said = capsys.readouterr().err
     assert "static seed 0: another process is at it; waiting for that one" in said
     assert said.index("condconv2 seed 0: begins") < said.index("static seed 0: begins")
@@ -155,28 +156,28 @@ def test_after_a_kill_the_next_call_waits_for_what_still_runs(stand_ins, capsys)
 
 
 def test_what_another_call_has_finished_meanwhile_is_not_run_again(stand_ins):
-    sweep.run(small_sweep.study(), small_sweep.place(stand_ins), range(1))
-    path = small_sweep.place(stand_ins) / "static" / "seed0" / "result.json"
+    sweep.run(small_study(), place(stand_ins), range(1))
+    path = place(stand_ins) / "static" / "seed0" / "result.json"
     result = path.read_text()
     path.unlink()
     with open(path.parent / "lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         for seconds, act in ((0.1, lambda: path.write_text(result)), (0.3, file.close)):
             threading.Timer(seconds, act).start()
-        assert sweep.run(small_sweep.study(), small_sweep.place(stand_ins), range(1)) == 0
+        assert sweep.run(small_study(), place(stand_ins), range(1)) == 0
     assert calls(stand_ins)["static seed0"] == BOTH
 
 
 def test_other_bindings_belong_into_another_workdir(stand_ins):
-    sweep.run(small_sweep.study("a.b = 1"), small_sweep.place(stand_ins), range(1))
+    sweep.run(small_study("a.b = 1"), place(stand_ins), range(1))
     with pytest.raises(UsageError, match=r"--gin_param \['a.b = 1'\], not \['a.b = 2'\]"):
-        sweep.run(small_sweep.study("a.b = 2"), small_sweep.place(stand_ins), range(1))
+        sweep.run(small_study("a.b = 2"), place(stand_ins), range(1))
 
 
 def test_a_table_of_files_that_are_not_there_is_refused_before_anything_runs(stand_ins):
     table = parse_table("small", TABLE.replace("proxy/mobilenet_v1", "proxy/none", 1))
     with pytest.raises(UsageError, match=r"configs/proxy/none.gin cannot be read"):
-        sweep.run(study.Study(table, "digits"), small_sweep.place(stand_ins), range(1))
+        sweep.run(study.Study(table, "digits"), place(stand_ins), range(1))
     assert calls(stand_ins) == {}
 
 
@@ -197,7 +198,7 @@ def table(tmp_path) -> str:
 
 
 def test_when_all_is_done_the_command_prints_and_runs_nothing(stand_ins, table):
-    sweep.run(small_sweep.study(), small_sweep.place(stand_ins), range(1))
+    sweep.run(small_study(), place(stand_ins), range(1))
     done = reproduce(table, "--dataset=digits", f"--workdir={stand_ins}/runs", "--json")
     assert (done.returncode, done.stderr) == (0, "2 of 2 are done already\n")
     assert [row["name"] for row in json.loads(done.stdout)] == ["static", "condconv2"]
@@ -266,21 +267,21 @@ def test_digits_are_trained_killed_and_gone_on_with_to_the_same_table(tmp_path, 
     flags = [table, "--dataset=digits", "--jobs=2", "--json", *short]
     whole = reproduce(*flags, f"--workdir={tmp_path}/whole")
     assert whole.returncode == 0, whole.stderr
-    done, cut = (epath.Path(tmp_path) / name / "small" / "digits" for name in ("whole", "cut"))
-    shutil.copytree(done, cut)  # so that one row is left to run
-    shutil.rmtree(cut / "static")
+    cut = epath.Path(tmp_path) / "cut" / "small" / "digits"
+    shutil.copytree(tmp_path / "whole" / "small" / "digits", cut)
+    shutil.rmtree(cut / "static")  # so that one row is left to run
     flags.append(f"--workdir={tmp_path}/cut")
     process = subprocess.Popen([sys.executable, "scripts/reproduce.py", *flags], cwd=ROOT)
     checkpoints = cut / "static" / "seed0" / "checkpoints"
     wait_until(lambda: checkpoints.exists() and any(checkpoints.iterdir()), 300)
     process.kill()
     process.communicate()
-    again = reproduce(*flags)
-    assert again.returncode == 0, again.stderr
-    assert (again.stdout, again.stderr.splitlines()[0]) == (whole.stdout, "1 of 2 are done already")
-    capsys.readouterr()
-    assert sweep.run(study.read_study(cut), cut, range(1)) == 0
-    assert capsys.readouterr().err == "2 of 2 are done already\n"
+    for done in ("1 of 2 are done already", "2 of 2 are done already"):
+        capsys.readouterr()
+        assert sweep.run(study.read_study(cut), cut, range(1)) == 0
+        assert capsys.readouterr().err.splitlines()[0] == done
+    show_results(cut, as_json=True)
+    assert capsys.readouterr().out == whole.stdout
 
 
 @pytest.mark.parametrize("name", ["imagenet", "released"])

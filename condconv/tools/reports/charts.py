@@ -40,28 +40,26 @@ _MOST_MARKERS = 10  # of a curve
 
 _STYLE = {
     "figure.dpi": 72,  # so that a point is a unit of the drawing
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
+    "path.simplify_threshold": 1.0,  # of a long run as many points as can be seen, peaks among them
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "condconv",  # the same run makes the same page
+    "text.parse_math": False,  # a name is no formula
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.alpha": 0.2,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
+    "legend.handlelength": 2.4,
+    "legend.labelspacing": 0.4,
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
     **dict.fromkeys(("text.color", "grid.color", "axes.edgecolor", "axes.labelcolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("font.size", "axes.labelsize", "legend.fontsize"), 12),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 12),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.unicode_minus"), False),
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.grid.axis": "y",
-    "grid.alpha": 0.2,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5.5,
-    "path.simplify_threshold": 1.0,  # of a long run as many points as can be seen, peaks among them
+    **dict.fromkeys(("ytick.major.size", "legend.borderpad", "legend.borderaxespad"), 0),
     "legend.frameon": False,
-    "legend.handlelength": 2.4,
-    "legend.labelspacing": 0.4,
-    **dict.fromkeys(("legend.borderpad", "legend.borderaxespad"), 0),
-    "text.parse_math": False,  # a name is no formula
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "condconv",  # the same run makes the same page
 }
 
 
