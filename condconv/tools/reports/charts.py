@@ -195,9 +195,6 @@ def _axes(title: str, x: str, y: str, legend: Sequence[tuple[str, Look]]) -> Axe
     return axes
 
 
-_WITH_UNIT = EngFormatter(sep="")
-
-
 def _draw(axes: Axes, curve: Curve, bounds: tuple[float, float]) -> None:
     xs, ys = np.array(curve.points, float).reshape(-1, 2).T
     ys = np.clip(ys, *bounds)
@@ -206,6 +203,9 @@ def _draw(axes: Axes, curve: Curve, bounds: tuple[float, float]) -> None:
     for x, interval in zip(xs, curve.intervals, strict=False):
         if interval:
             axes.plot([x, x], interval, color=curve.look["color"], marker="_", gid="mark")
+
+
+_WITH_UNIT = EngFormatter(sep="")
 
 
 def _number(value: float, _: int | None = None) -> str:
