@@ -165,7 +165,10 @@ def count_unbuilt(build: Callable[[], keras.Model], rule: str | None = None) -> 
 
     def count() -> Cost:
         with keras.StatelessScope(initialize_variables=False):
-            return count_cost(build(), rule)
+            model = build()
+            for variable in model.variables:  # Keras draws it again, for each expert, at every use
+                variable._initializer = keras.initializers.Zeros()
+            return count_cost(model, rule)
 
     # Keras keeps, thread by thread, the variables that it has yet to draw; with the thread they go.
     with concurrent.futures.ThreadPoolExecutor(1) as apart:

@@ -28,18 +28,19 @@ def main(_: list[str]) -> int:
         raise command.WrongCall(f"--dataset={_DATASET.value} needs --workdir=FOLDER; see --help")
     command.import_backend()
     from condconv.engine import files
-    from condconv.tools.studies import study_costs, study_table, study_text, sweep
+    from condconv.tools.studies import costs, sweep, text
     from condconv.tools.studies.study import Study
+    from condconv.tools.studies.table import read_table
 
-    table = study_table.read_table(_TABLE.value)
+    table = read_table(_TABLE.value)
     if _DATASET.value == "none":
-        study_text.show_costs(study_costs.cost_lines(table), _JSON.value)
+        text.show_costs(costs.cost_lines(table), _JSON.value)
         return 0
     folder = files.path(_WORKDIR.value) / table.name / _DATASET.value
     study = Study(table, _DATASET.value, tuple(_GIN_PARAM.value))
     code = sweep.run(study, folder, range(_SEEDS.value), _JOBS.value)
     if code < 128:  # not stopped by a signal
-        study_text.show_results(folder, _JSON.value)
+        text.show_results(folder, _JSON.value)
     return code
 
 

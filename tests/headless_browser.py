@@ -24,7 +24,7 @@ class Browser:
     """One page of a browser, and all that it said and asked for.
 
     Attributes:
-        events: what the protocol told, in order.
+        events: what the protocol said, in order.
     """
 
     def __init__(self, program: str):
@@ -110,6 +110,6 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def told(self, *methods: str) -> list[dict[str, Any]]:
+    def said(self, *methods: str) -> list[dict[str, Any]]:
         """Returns the parameters of the events of these kinds."""
         return [event["params"] for event in self.events if event["method"] in methods]

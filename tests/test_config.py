@@ -13,7 +13,7 @@ from condconv import Routing
 from condconv.engine import backends, config, written
 from condconv.engine.backends import tensorflow
 from condconv.engine.errors import UsageError
-from condconv.tools.studies import study_table
+from condconv.tools.studies.table import DATASETS, TABLES, read_table
 from data.digits import digits
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -23,10 +23,10 @@ CONDCONV = str(ROOT / "configs" / "digits_condconv.gin")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dataset", study_table.DATASETS)
-@pytest.mark.parametrize("name", study_table.TABLES)
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("name", TABLES)
 def test_every_row_of_every_table_is_a_config_and_a_network(name, dataset):
-    for row in study_table.read_table(name).rows:
+    for row in read_table(name).rows:
         file, bindings = row.gin(dataset)
         network = config.load([str(ROOT / file)], list(bindings)).model(num_classes=10)
         assert any(isinstance(layer, Routing) for layer in network.layers) == bool(row.baseline)

@@ -19,14 +19,15 @@ import keras
 import numpy as np
 import pytest
 from etils import epath
+from matplotlib.figure import Figure
 
 from condconv import CondConv2D
 from condconv.engine import files
 from condconv.engine.errors import UsageError
 from condconv.tools.reports import charts, figures, records, report, study_page
-from condconv.tools.reports.charts import Chart, Look, Series
+from condconv.tools.reports.charts import Curve
 from condconv.tools.studies.study import Study, read_results, summary, write_result
-from condconv.tools.studies.study_table import parse_table
+from condconv.tools.studies.table import parse_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 HOSTILE = "<script>alert('x')</script>&\"é漢\u202e"
@@ -61,7 +62,8 @@ def lines_of(count: int, seed: int = 0) -> list[dict]:
         speed = {"images_per_second": 1000 * rng.random(), "input_share": rng.random()}
         lines.append({"step": 2 * i, **training, "learning_rate": 0.1 * (1 - share), **speed})
         if i % 10 == 0:
-            lines.append({"step": 2 * i, "minival_top1": share, "minival_loss": 2.4 - 2 * share})
+            judged = {"selection_top1": share, "selection_loss": 2.4 - 2 * share}
+            lines.append({"step": 2 * i, **judged})
     return lines
 
 
@@ -143,8 +145,10 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.elements.append((tag, attributes))
-        if tag not in ("meta", "path"):
-            self._open.append(tag)
+        if tag == "path" and self._open[-1] == ("g", "mark"):
+            self.drawn[-1].append(attributes["d"])
+        if tag != "meta":
+            self._open.append((tag, attributes.get("class")))
         if "aria-label" in attributes and tag == "div":
             self._rows = self.tables[attributes["aria-label"]] = []
         if tag == "tr":
@@ -155,21 +159,20 @@ class Page(html.parser.HTMLParser):
             self._cell[1] = json.loads(attributes["value"])
         if tag == "figure":
             self.drawn.append([])
-        if tag == "path" and attributes.get("class", "").startswith("mark"):
-            self.drawn[-1].append(attributes["d"])
 
     def handle_startendtag(self, tag, attributes):
-        assert tag == "path"
+        assert tag in ("path", "use", "rect", "g")
         self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
 
     def handle_endtag(self, tag):
-        assert self._open.pop() == tag
+        assert self._open.pop()[0] == tag
         if tag in ("td", "th"):
             self._rows[-1].append(tuple(self._cell))
             self._cell = None
 
     def handle_data(self, data):
-        if self._open and self._open[-1] == "style":
+        if self._open and self._open[-1][0] == "style":
             assert not re.search(r"url\(|@import|http", data)
             return
         self.text += data
@@ -197,10 +200,13 @@ def test_a_page_is_whole_and_asks_for_nothing(tmp):
     assert len(page.named("h1")) == len(page.named("title")) == 1
     assert not page.named("script", "link", "img", "iframe", "object", "base", "form", "image")
     for _, attributes in page.elements:
-        assert not {"src", "srcset", "action", "onload", "style"} & attributes.keys()
+        assert not {"src", "srcset", "action", "onload"} & attributes.keys()
         assert attributes.get("href", "data:").startswith("data:")
+        assert attributes.get("xlink:href", "#").startswith("#")
+        assert not re.search(r"url\((?!#)", " ".join(filter(None, attributes.values())))
     addresses = set(re.findall(r"\w+://[^\"'<\s]*", (tmp / "r.html").read_text()))
-    assert addresses == {"http://www.w3.org/2000/svg"}  # a name, which nobody fetches
+    names = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert addresses == names  # which nobody fetches
 
 
 def test_the_table_of_a_run_is_its_json(tmp):
@@ -250,35 +256,42 @@ def test_every_figure_has_drawn_marks_and_is_a_file_too(tmp, count):
     for paths in page.drawn:
         assert any(len(path) > 100 for path in paths)
     for file, paths in zip(page.downloads(), page.drawn, strict=True):
-        marks = [e.get("d") for e in file.iter() if e.get("class", "").startswith("mark")]
-        assert marks == paths
+        marks = file.findall(".//*[@class='mark']/{*}path")
+        assert [mark.get("d") for mark in marks] == paths
         assert "http" not in "".join(file.itertext())
 
 
+def marks_of(figure: Figure) -> list[list[tuple[float, float]]]:
+    """Returns the corners of each mark of a chart, in units of the drawing."""
+    drawn = xml.etree.ElementTree.fromstring(charts.svg(figure))
+    paths = [mark.get("d") for mark in drawn.findall(".//*[@class='mark']/{*}path")]
+    return [[(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", d)] for d in paths]
+
+
+def chart(points: records.Points, **more) -> Figure:
+    return charts.curves("t", "x", "y", [Curve(points, charts.look(0))], **more)
+
+
 def test_a_curve_passes_through_its_points():
-    points = [(0, 0.0), (50, 100.0), (100, 50.0)]
-    drawn = charts.draw(Chart("t", "x", "y", [Series(points, Look())], bounds=(0, 100)))
-    path = re.search(r'class="mark line[^"]*" d="M([^"]*)"', drawn)[1].removesuffix("h0")
-    (x0, y0), (x1, y1), (x2, y2) = (map(float, pair.split()) for pair in path.split("L"))
+    (path,) = marks_of(chart([(0, 0.0), (50, 100.0), (100, 50.0)], bounds=(0, 100)))
+    (x0, y0), (x1, y1), (x2, y2) = path
     assert x1 - x0 == x2 - x1 > 100
     assert y0 - y1 == pytest.approx(2 * (y0 - y2)) and y0 - y1 > 100
 
 
 def test_columns_are_stacked():
-    columns = [(0, [10.0, 0.0]), (1, [30.0, 20.0])]
-    drawn = charts.draw(Chart("t", "x", "y", columns=columns))
-    marks = "".join(re.findall(r'class="mark area[^"]*" d="([^"]*)"', drawn))
-    bars = re.findall(r"M[\d.]+ ([\d.]+)V([\d.]+)H", marks)
-    (bottom, first), (below, second), (other, third) = (tuple(map(float, bar)) for bar in bars)
-    assert below == first and other == bottom
-    assert bottom - second == pytest.approx(4 * (bottom - first), abs=0.5)
-    assert bottom - third == pytest.approx(2 * (bottom - first), abs=0.5)
+    parts = {"a": ("red", [10.0, 0.0]), "b": ("blue", [30.0, 20.0])}
+    first, second = marks_of(charts.columns("t", "x", "y", parts))
+    bottom, low = max(y for _, y in first), min(y for _, y in first)
+    ys = sorted({y for _, y in second})
+    assert ys == [pytest.approx(bottom - n * (bottom - low), abs=0.1) for n in (4, 2, 1, 0)]
 
 
 def test_a_value_that_is_no_number_breaks_the_line():
     curve = records.points([{"step": i, "v": None if i == 2 else i} for i in range(5)], "v")
-    drawn = charts.draw(Chart("t", "x", "y", [Series(curve, Look())]))
-    assert re.search(r'class="mark line[^"]*" d="([^"]*)"', drawn)[1].count("M") == 2
+    assert (
+        re.search(r'class="mark"> <path d="([^"]*)"', charts.svg(chart(curve)))[1].count("M") == 2
+    )
 
 
 def test_strange_metrics_are_drawn_as_far_as_they_go(tmp):
@@ -300,8 +313,8 @@ def test_strange_metrics_are_drawn_as_far_as_they_go(tmp):
 @pytest.mark.parametrize("values", [[], [0], [5], [-5], [1e-320, 2e-320], [1e299, -1e299], [7, 7]])
 def test_any_numbers_have_axes(values):
     points = records.points([{"step": 1, "v": v} for v in values], "v")
-    drawn = charts.draw(Chart("t", "x", "y", [Series(points, Look())], log=True))
-    assert 2 <= drawn.count('class="grid"') <= 9
+    drawn = charts.svg(chart(points, log="xy"))
+    assert 2 <= drawn.count("stroke-opacity: 0.2") <= 9  # lines of the grid
     assert not re.search("nan|inf", drawn)
 
 
@@ -316,7 +329,7 @@ def test_a_long_run_is_a_small_page_that_keeps_its_spikes(tmp, count):
     files.write_text(run / "metrics.jsonl", "".join(lines))
     page = page_of(tmp / "r.html", run)
     assert (tmp / "r.html").stat().length < 2e5
-    (loss,) = (path for path in page.drawn[1] if path.count("L") > 200)
+    (loss,) = page.drawn[1]
     heights = [float(y) for y in re.findall(r"[\d.]+ ([\d.]+)", loss)]
     assert heights.count(min(heights)) == 1 and min(heights) < sorted(heights)[1] - 100
 
@@ -426,12 +439,14 @@ def test_the_frontier_has_the_papers_points_and_ours(tmp, dataset):
     lines = summary(study.table, results)
     drawn = study_page.frontiers(study, lines)
     assert len(drawn) == (1 if dataset == "imagenet2012" else 2)
-    points = [point for chart in drawn for series in chart.series for point in series.points]
+    lines_of = [line for figure in drawn for line in figure.axes[0].lines]
+    curves = [line for line in lines_of if line.get_marker() != "_"]
+    points = [tuple(point) for curve in curves for point in curve.get_xydata()]
     paper = {(40.8e6, 50.3), (44.4e6, 59.7), (149e6, 63.8)}
     ours = {(line.multiply_adds, 100 * line.top1.mean) for line in lines if line.top1}
     assert set(points) == paper | ours and len(points) == 6
-    intervals = [pair for chart in drawn for s in chart.series for pair in s.intervals]
-    assert sum(pair is not None for pair in intervals) == 2
+    intervals = [tuple(i.get_ydata() / 100) for i in lines_of if i.get_marker() == "_"]
+    assert intervals == [(line.top1.low, line.top1.high) for line in lines[:2]]
 
 
 def test_a_study_of_which_nothing_has_run_is_a_page(tmp):
@@ -496,8 +511,8 @@ def test_training_ends_with_a_page_and_evaluation_adds_to_it(tmp):
     page = Page(tmp / "run" / "report.html")
     assert "has not been evaluated" in page.text and len(page.drawn) >= 3
     call("eval.py", f"--workdir={tmp / 'run'}")
-    told = call("scripts/report.py", str(tmp / "run"))
-    assert told.strip() == str(tmp / "run" / "report.html")
+    printed = call("scripts/report.py", str(tmp / "run"))
+    assert printed.strip() == str(tmp / "run" / "report.html")
     top1 = json.loads((tmp / "run" / "eval.json").read_text())["top1"]
     assert Page(tmp / "run" / "report.html").tables["Results"][1][1][1] == top1
 
@@ -520,6 +535,8 @@ LOOK = """(width => {
     const texts = all(drawing, "text"), marks = all(drawing, ".mark");
     apart(texts);
     [...texts, ...marks].forEach(e => inside(e, drawing));
+    const ink = getComputedStyle(document.body).color;
+    if (texts.some(e => getComputedStyle(e).fill != ink)) found.push("text is not as the page's");
     if (!marks.length) found.push(name(drawing) + " is empty");
   }
   for (const e of all(document, "td, th, h1, h2, p, li, figure"))
@@ -541,25 +558,25 @@ def browser(request):
         yield opened
 
 
-def objections(browser, page: epath.Path, width: int) -> list[str]:
+def objections(browser, page: epath.Path, width: int, scheme: str = "light") -> list[str]:
     """Returns what a browser finds wrong with a page: outside addresses, errors, looks."""
     page = pathlib.Path(page)
-    browser.open(page, width)
+    browser.open(page, width, scheme=scheme)
     seen = browser.evaluate(f"{LOOK}({width})")
-    asked = [event["request"]["url"] for event in browser.told("Network.requestWillBeSent")]
-    said = browser.told("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+    asked = [event["request"]["url"] for event in browser.said("Network.requestWillBeSent")]
+    noted = browser.said("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
     assert page.as_uri() in asked
-    return [*seen, *(url for url in asked if url != page.as_uri()), *map(str, said)]
+    return [*seen, *(url for url in asked if url != page.as_uri()), *map(str, noted)]
 
 
-@pytest.mark.parametrize("width", [400, 1400])
-def test_a_browser_shows_the_pages_as_they_should_be(browser, tmp, width):
+@pytest.mark.parametrize(("width", "scheme"), [(400, "dark"), (1400, "light")])
+def test_a_browser_shows_the_pages_as_they_should_be(browser, tmp, width, scheme):
     runs = [make_run(tmp / f"run{i}", i) for i in range(8)]
     long = make_run(tmp / ("long" * 40), **{"environment.json": {"x" * 300: "y" * 300}})
     (long / "eval.json").write_text("{")
     for workdirs in ([runs[0]], runs, [long], [long, runs[0]], [make_study(tmp / "study")]):
         report.write(workdirs, tmp / "r.html")
-        assert objections(browser, tmp / "r.html", width) == []
+        assert objections(browser, tmp / "r.html", width, scheme) == []
 
 
 def test_the_look_at_a_page_can_fail(browser, tmp):

@@ -4,11 +4,12 @@ import json
 
 import pytest
 from etils import epath
+from matplotlib.figure import Figure
 
 from condconv.engine import files
 from condconv.engine.errors import RunError, UsageError
 from condconv.tools import tables
-from condconv.tools.reports import records, report
+from condconv.tools.reports import figures, records, report
 
 RESULT = {
     "parameters": 10,
@@ -28,6 +29,17 @@ def run(tmp_path) -> epath.Path:
     lines = [{"step": step, "train_top1": 0.1 * step, "val_top1": 0.5} for step in range(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def accuracy_of(run: epath.Path) -> Figure:
+    return figures.accuracy(records.read([run]))
+
+
+@pytest.mark.parametrize("prefix", ["selection", "minival"])
+def test_the_selection_split_of_an_old_run_is_drawn_too(run, prefix):
+    files.write_text(run / "metrics.jsonl", f'{{"step": 7, "{prefix}_top1": 0.25}}\n')
+    (curve,) = accuracy_of(run).axes[0].lines
+    assert [*map(tuple, curve.get_xydata())] == [(7, 25)]
 
 
 def message_of(function, kind: type[Exception] = UsageError) -> str:
@@ -87,9 +99,9 @@ def test_metrics_of_strange_lines_are_drawn_as_far_as_they_go(run, tmp_path, mon
     lines += [3, [], None, {"val_top1": 1}, {"step": "x", "val_top1": 1}, {"step": 3}]
     lines += [{"step": 9, "val_top1": 0.75}]
     monkeypatch.setattr(records, "read_metrics", lambda _: lines)
-    (label, _, points), (other, _, more) = report._curves(run)
-    assert (label, len(points)) == ("run, training", 3)
-    assert (other, more[-1], len(more)) == ("run, evaluation", (9, 75.0), 4)
+    training, judged = (line.get_xydata() for line in accuracy_of(run).axes[0].lines)
+    assert len(training) == 3
+    assert [*map(tuple, judged)][-3:] == [(1, 50), (2, 50), (9, 75)]
     output = epath.Path(tmp_path) / "new" / "plot.png"
     report.plot_accuracy([run], output)
     assert output.read_bytes().startswith(b"\x89PNG")
@@ -147,6 +159,5 @@ def test_metrics_that_cannot_be_read_are_one_line(run, error, monkeypatch):
         raise error
 
     monkeypatch.setattr(records, "read_metrics", raising)
-    assert f"the metrics of {run} cannot be read (No access)" in message_of(
-        lambda: report._curves(run)
-    )
+    message = message_of(lambda: report.plot_accuracy([run], run / "plot.png"))
+    assert f"the metrics of {run} cannot be read (No access)" in message

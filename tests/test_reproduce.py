@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,71 +16,24 @@ import threading
 import time
 
 import pytest
+import small_sweep
 from etils import epath
+from small_sweep import TABLE, make_commands, place, small_study
 
 from condconv.engine.errors import UsageError
-from condconv.tools.studies import study, study_table, sweep
+from condconv.tools.studies import study, sweep
+from condconv.tools.studies.table import Row, parse_table, read_table
+from condconv.tools.studies.text import show_results
 
 ROOT = pathlib.Path(__file__).parents[1]
-TABLE = """
-title = "Small"
-config = "configs/imagenet/mobilenet_v1.gin"
-proxy = "configs/proxy/mobilenet_v1.gin"
-[[rows]]
-name = "static"
-[[rows]]
-name = "condconv2"
-baseline = "static"
-bindings = ["mobilenet_v1.num_experts = 2"]
-"""
-
-# Each call leaves a line; what stands in the file `mood` of a run or above it decides how it ends.
-TRAIN = """
-import json, os, pathlib, signal, sys, time
-flags = [flag.partition("=")[::2] for flag in sys.argv[1:]]
-workdir = pathlib.Path(dict(flags)["--workdir"])
-moods = [folder / "mood" for folder in (workdir, workdir.parents[4])]
-mood = next((path.read_text() for path in moods if path.exists()), "")
-with open(workdir / "calls", "a") as file:
-    file.write(f"train on {sorted(os.sched_getaffinity(0))}\\n")
-if mood == "dies":
-    os.kill(os.getpid(), signal.SIGKILL)
-if mood == "fails":
-    sys.exit("first line\\ntrain.py: the loss is not finite\\n")
-if mood == "waits":
-    (workdir / "pid").write_text(str(os.getpid()))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit((workdir / "saved").write_text("") or 143))
-    (workdir / "calls").open("a").write("waiting\\n")
-    time.sleep(30)
-params = [value for name, value in flags if name == "--gin_param"]
-(workdir / "config.gin").write_text("\\n".join(params))
-(workdir / "environment.json").write_text("{}")
-"""
-EVAL = """
-import json, pathlib, sys
-workdir = pathlib.Path(sys.argv[1].partition("=")[2])
-(workdir / "calls").open("a").write("eval\\n")
-experts = "num_experts = 2" in (workdir / "config.gin").read_text()
-counts = dict(images=100, parameters=1, multiply_adds=1, macs=1)
-(workdir / "eval.json").write_text(json.dumps({"top1": 0.5 + 0.1 * experts, "loss": 1.0, **counts}))
-"""
 
 
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch) -> pathlib.Path:
-    (tmp_path / "train.py").write_text(TRAIN)
-    (tmp_path / "eval.py").write_text(EVAL)
-    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep, "ROOT", None)  # so that it is restored
+    make_commands(tmp_path)
     monkeypatch.setattr(sweep, "_POLL_SECONDS", 0.01)
     return tmp_path
-
-
-def small(*gin_params: str) -> study.Study:
-    return study.Study(study_table.parse_table("small", TABLE), "digits", gin_params)
-
-
-def place(tmp_path: pathlib.Path) -> epath.Path:
-    return epath.Path(tmp_path) / "runs" / "small" / "digits"
 
 
 def calls(tmp_path: pathlib.Path) -> dict[str, list[str]]:
@@ -97,14 +51,14 @@ BOTH = ["train", "eval"]
 
 
 def test_what_is_missing_is_run_and_what_is_done_is_not(stand_ins, capsys):
-    assert sweep.run(small(), place(stand_ins), range(1)) == 0
+    assert sweep.run(small_study(), place(stand_ins), range(1)) == 0
     assert calls(stand_ins) == {"condconv2 seed0": BOTH, "static seed0": BOTH}
-    assert sweep.run(small(), place(stand_ins), range(2), jobs=2) == 0
+    assert sweep.run(small_study(), place(stand_ins), range(2), jobs=2) == 0
     runs = [f"{row} seed{seed}" for row in ("condconv2", "static") for seed in (0, 1)]
     assert calls(stand_ins) == dict.fromkeys(runs, BOTH)
     said = capsys.readouterr().err
     assert "2 of 4 are done already" in said
-    assert re.search(r"condconv2 seed 1: top-1 0\.6000 after \d+ s; \d of 4 done, ", said)
+    assert re.search(r"condconv2 seed 1: top-1 0\.6000 after 0:0\d; \d of 4 done, ", said)
     results, rejected = study.read_results(place(stand_ins))
     assert rejected == []
     assert [(r.row, r.seed, r.metrics["top1"]) for r in results] == [
@@ -114,17 +68,17 @@ def test_what_is_missing_is_run_and_what_is_done_is_not(stand_ins, capsys):
 
 def test_rows_at_a_time_share_the_cores(stand_ins):
     cores = sorted(os.sched_getaffinity(0))
-    assert sweep.run(small(), place(stand_ins), range(1), jobs=2) == 0
+    assert sweep.run(small_study(), place(stand_ins), range(1), jobs=2) == 0
     used = [(path / "calls").read_text() for path in place(stand_ins).glob("*/seed0")]
     shares = [cores[0::2], cores[1::2]] if len(cores) > 1 else [cores, cores]
     assert sorted(used) == sorted(f"train on {share}\neval\n" for share in shares)
 
 
 def test_a_damaged_result_is_run_again(stand_ins, capsys):
-    sweep.run(small(), place(stand_ins), range(1))
+    sweep.run(small_study(), place(stand_ins), range(1))
     path = place(stand_ins) / "static" / "seed0" / "result.json"
     path.write_text(path.read_text()[:100])
-    assert sweep.run(small(), place(stand_ins), range(1)) == 0
+    assert sweep.run(small_study(), place(stand_ins), range(1)) == 0
     assert calls(stand_ins)["static seed0"] == 2 * BOTH
     assert "static seed 0: its result" in capsys.readouterr().err
     assert len(study.read_results(place(stand_ins))[0]) == 2
@@ -143,12 +97,12 @@ def test_a_row_that_fails_stops_no_other_and_is_named_at_the_end(
     failing = place(stand_ins) / "static" / "seed0"
     failing.mkdir(parents=True)
     (failing / "mood").write_text(mood)
-    assert sweep.run(small(), place(stand_ins), range(2)) == 1
+    assert sweep.run(small_study(), place(stand_ins), range(2)) == 1
     assert capsys.readouterr().err.splitlines()[-1] == f"failed: static seed 0: {said}"
     assert logged in (failing / "output.log").read_text()
     assert len(study.read_results(place(stand_ins))[0]) == 3
     (failing / "mood").unlink()
-    assert sweep.run(small(), place(stand_ins), range(2)) == 0
+    assert sweep.run(small_study(), place(stand_ins), range(2)) == 0
     assert len(study.read_results(place(stand_ins))[0]) == 4
 
 
@@ -162,16 +116,8 @@ def wait_until(holds, seconds: float = 20) -> None:
 
 def in_background(tmp_path: pathlib.Path) -> subprocess.Popen:
     """Runs the sweep in a process of its own, which a test can stop."""
-    code = f"""
-import pathlib, sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
-import test_reproduce as t
-t.sweep.ROOT = pathlib.Path({str(tmp_path)!r})
-sys.exit(t.sweep.run(t.small(), t.place(t.sweep.ROOT), range(1)))
-"""
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, small_sweep.__file__, str(tmp_path)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +135,7 @@ def test_a_signal_stops_the_children_and_the_next_call_goes_on(stand_ins, number
     assert said.splitlines()[-1].endswith("stopped with 0 of 2 done; the same command goes on")
     assert (place(stand_ins) / "static" / "seed0" / "saved").exists()
     (stand_ins / "mood").unlink()
-    assert sweep.run(small(), place(stand_ins), range(1)) == 0
+    assert sweep.run(small_study(), place(stand_ins), range(1)) == 0
     assert calls(stand_ins)["static seed0"] == ["train", "waiting", *BOTH]
 
 
@@ -202,7 +148,7 @@ def test_after_a_kill_the_next_call_waits_for_what_still_runs(stand_ins, capsys)
     (stand_ins / "mood").unlink()
     orphan = int((place(stand_ins) / "static" / "seed0" / "pid").read_text())
     threading.Timer(0.1, os.kill, (orphan, signal.SIGTERM)).start()
-    assert sweep.run(small(), place(stand_ins), range(1)) == 0
+    assert sweep.run(small_study(), place(stand_ins), range(1)) == 0
     said = capsys.readouterr().err
     assert "static seed 0: another process is at it; waiting for that one" in said
     assert said.index("condconv2 seed 0: begins") < said.index("static seed 0: begins")
@@ -210,7 +156,7 @@ def test_after_a_kill_the_next_call_waits_for_what_still_runs(stand_ins, capsys)
 
 
 def test_what_another_call_has_finished_meanwhile_is_not_run_again(stand_ins):
-    sweep.run(small(), place(stand_ins), range(1))
+    sweep.run(small_study(), place(stand_ins), range(1))
     path = place(stand_ins) / "static" / "seed0" / "result.json"
     result = path.read_text()
     path.unlink()
@@ -218,19 +164,18 @@ def test_what_another_call_has_finished_meanwhile_is_not_run_again(stand_ins):
         fcntl.flock(file, fcntl.LOCK_EX)
         for seconds, act in ((0.1, lambda: path.write_text(result)), (0.3, file.close)):
             threading.Timer(seconds, act).start()
-        assert sweep.run(small(), place(stand_ins), range(1)) == 0
+        assert sweep.run(small_study(), place(stand_ins), range(1)) == 0
     assert calls(stand_ins)["static seed0"] == BOTH
 
 
 def test_other_bindings_belong_into_another_workdir(stand_ins):
-    sweep.run(small("a.b = 1"), place(stand_ins), range(1))
+    sweep.run(small_study("a.b = 1"), place(stand_ins), range(1))
     with pytest.raises(UsageError, match=r"--gin_param \['a.b = 1'\], not \['a.b = 2'\]"):
-        sweep.run(small("a.b = 2"), place(stand_ins), range(1))
+        sweep.run(small_study("a.b = 2"), place(stand_ins), range(1))
 
 
 def test_a_table_of_files_that_are_not_there_is_refused_before_anything_runs(stand_ins):
-    text = TABLE.replace("proxy/mobilenet_v1", "proxy/none", 1)
-    table = study_table.parse_table("small", text)
+    table = parse_table("small", TABLE.replace("proxy/mobilenet_v1", "proxy/none", 1))
     with pytest.raises(UsageError, match=r"configs/proxy/none.gin cannot be read"):
         sweep.run(study.Study(table, "digits"), place(stand_ins), range(1))
     assert calls(stand_ins) == {}
@@ -253,7 +198,7 @@ def table(tmp_path) -> str:
 
 
 def test_when_all_is_done_the_command_prints_and_runs_nothing(stand_ins, table):
-    sweep.run(small(), place(stand_ins), range(1))
+    sweep.run(small_study(), place(stand_ins), range(1))
     done = reproduce(table, "--dataset=digits", f"--workdir={stand_ins}/runs", "--json")
     assert (done.returncode, done.stderr) == (0, "2 of 2 are done already\n")
     assert [row["name"] for row in json.loads(done.stdout)] == ["static", "condconv2"]
@@ -272,14 +217,26 @@ def test_wrong_calls_are_one_line(table, tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
+def costs_of(name: str) -> list[dict]:
+    from condconv.tools.studies import costs  # loads TensorFlow, which the quick tests do without
+
+    return list(costs.cost_lines(read_table(name)))
+
+
+@pytest.mark.slow
+def test_the_command_prints_costs(tmp_path):
+    (tmp_path / "one.toml").write_text(TABLE.partition('[[rows]]\nname = "condconv2"')[0])
+    done = reproduce(f"--table={tmp_path}/one.toml", "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert (row["name"], row["multiply_adds"], row["paper_top1"]) == ("static", 567_716_352, None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["imagenet", "released", "frontier", "experts"])
 def test_costs_are_the_papers_to_the_printed_digit(name):
-    done = reproduce(f"--table={name}", "--json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
-    table = study_table.read_table(name)
-    assert [row["name"] for row in rows] == [row.name for row in table.rows]
+    rows = costs_of(name)
+    assert [row["name"] for row in rows] == [row.name for row in read_table(name).rows]
     for row in rows:
         wanted = row["name"] != "efficientnet_b0_depth"  # nobody published it
         assert row["multiply_adds_agree"] is (True if wanted else None), row
@@ -298,35 +255,38 @@ def test_ablations_cost_what_follows_from_their_architecture():
         "placement": [41.03, 55.9, 55.8, 55.6, 52.5, 49.2, 47.4],
     }
     for name, millions in derived.items():
-        rows = json.loads(reproduce(f"--table={name}", "--json").stdout)
-        for row, wanted in zip(rows, millions, strict=True):
+        for row, wanted in zip(costs_of(name), millions, strict=True):
             digits = 2 if name == "routing" or row["name"] == "static" else 1
             assert wanted is None or abs(row["macs"] / 1e6 - wanted) < 10**-digits, row
 
 
 @pytest.mark.slow
-def test_digits_are_trained_killed_and_gone_on_with_to_the_same_table(tmp_path, table):
+def test_digits_are_trained_killed_and_gone_on_with_to_the_same_table(tmp_path, table, capsys):
     params = ("Experiment.duration = '30 steps'", "Experiment.checkpoint_every = '5 steps'")
     short = [f"--gin_param={each}" for each in (*params, "mobilenet_v1.width = 0.1")]
     flags = [table, "--dataset=digits", "--jobs=2", "--json", *short]
     whole = reproduce(*flags, f"--workdir={tmp_path}/whole")
     assert whole.returncode == 0, whole.stderr
-    cut = f"--workdir={tmp_path}/cut"
-    process = subprocess.Popen([sys.executable, "scripts/reproduce.py", *flags, cut], cwd=ROOT)
-    checkpoints = tmp_path / "cut" / "small" / "digits" / "static" / "seed0" / "checkpoints"
+    cut = epath.Path(tmp_path) / "cut" / "small" / "digits"
+    shutil.copytree(tmp_path / "whole" / "small" / "digits", cut)
+    shutil.rmtree(cut / "static")  # so that one row is left to run
+    flags.append(f"--workdir={tmp_path}/cut")
+    process = subprocess.Popen([sys.executable, "scripts/reproduce.py", *flags], cwd=ROOT)
+    checkpoints = cut / "static" / "seed0" / "checkpoints"
     wait_until(lambda: checkpoints.exists() and any(checkpoints.iterdir()), 300)
     process.kill()
     process.communicate()
-    again = reproduce(*flags, cut)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout == whole.stdout
-    third = reproduce(*flags, cut)
-    assert (third.stdout, third.stderr) == (whole.stdout, "2 of 2 are done already\n")
+    for done in ("1 of 2 are done already", "2 of 2 are done already"):
+        capsys.readouterr()
+        assert sweep.run(study.read_study(cut), cut, range(1)) == 0
+        assert capsys.readouterr().err.splitlines()[0] == done
+    show_results(cut, as_json=True)
+    assert capsys.readouterr().out == whole.stdout
 
 
 @pytest.mark.parametrize("name", ["imagenet", "released"])
 def test_on_digits_a_row_differs_from_its_baseline_by_its_experts_alone(name):
-    table = study_table.read_table(name)
+    table = read_table(name)
     for row in table.rows:
         if row.baseline is None:
             continue
@@ -344,9 +304,9 @@ def test_on_digits_a_row_differs_from_its_baseline_by_its_experts_alone(name):
 def test_on_digits_twins_are_normalised_and_regularised_alike(name):
     from condconv.engine import config  # loads TensorFlow, which the quick tests do without
 
-    table = study_table.read_table(name)
+    table = read_table(name)
 
-    def training(row: study_table.Row) -> tuple[object, ...]:
+    def training(row: Row) -> tuple[object, ...]:
         file, bindings = row.gin("digits")
         experiment = config.load([file], bindings)
         layers = experiment.model(num_classes=10).layers

@@ -10,7 +10,16 @@ from etils import epath
 from scipy import stats
 
 from condconv.engine.errors import UsageError
-from condconv.tools.studies import study, study_table, study_text
+from condconv.tools.studies import study
+from condconv.tools.studies.table import (
+    DATASETS,
+    TABLES,
+    PublishedNumber,
+    Row,
+    parse_table,
+    read_table,
+)
+from condconv.tools.studies.text import show_results
 from data.hard_digits import VIEWS
 
 ROW = '[[rows]]\nname = "a"\nconfig = "c.gin"\nproxy = "p.gin"\n'
@@ -19,7 +28,7 @@ TABLE = 'title = "T"\n' + ROW
 
 def refused(text: str) -> str:
     with pytest.raises(UsageError) as error:
-        study_table.parse_table("mine", text)
+        parse_table("mine", text)
     message = str(error.value)
     assert message.startswith("table mine: ")
     assert len(message.splitlines()) == 1
@@ -58,17 +67,17 @@ def test_what_is_wrong_with_a_table_is_one_line(text, said):
 def test_an_unknown_table_is_named_with_the_known_ones(tmp_path):
     for name in ("imagnet", str(tmp_path / "none.toml")):
         with pytest.raises(UsageError, match="take one of imagenet, released"):
-            study_table.read_table(name)
+            read_table(name)
 
 
-@pytest.mark.parametrize("name", study_table.TABLES)
+@pytest.mark.parametrize("name", TABLES)
 def test_each_table_of_the_paper_is_whole(name):
-    table = study_table.read_table(name)
+    table = read_table(name)
     header = table.text.partition("\ntitle")[0]
     assert "# Source: " in header
     for dataset in ("none", "digits --seeds=3", "imagenet2012"):
         assert f"scripts/reproduce.py --table={name} --dataset={dataset}" in header
-    runs = [study.Study(table, dataset) for dataset in study_table.DATASETS]
+    runs = [study.Study(table, dataset) for dataset in DATASETS]
     for each in runs:  # every gin file is there, and no two rows are the same run
         assert len({each.digest(row, 0) for row in table.rows}) == len(table.rows)
     assert all(row.baseline or index == 0 or name in ("imagenet", "released", "frontier")
@@ -76,7 +85,7 @@ def test_each_table_of_the_paper_is_whole(name):
 
 
 def test_the_frontier_is_four_widths_by_six_numbers_of_experts():
-    rows = study_table.read_table("frontier").rows
+    rows = read_table("frontier").rows
     assert len(rows) == 24
     assert [row.baseline for row in rows].count(None) == 4
     experts = [re.findall(r"num_experts = (\d+)", " ".join(row.bindings)) for row in rows[:6]]
@@ -87,7 +96,7 @@ def test_on_digits_the_widths_of_the_frontier_are_quarters_of_the_papers():
     def width(text: str) -> float:
         return float(re.search(r"mobilenet_v1\.width = ([\d.]+)", text)[1])
 
-    rows = study_table.read_table("frontier").rows
+    rows = read_table("frontier").rows
     for row in rows:
         assert width(row.digits[0]) == width(row.imagenet2012[0]) / 4
 
@@ -106,7 +115,7 @@ def test_on_digits_the_widths_of_the_frontier_are_quarters_of_the_papers():
     ],
 )
 def test_numbers_agree_within_the_last_printed_digit(published, ours, agrees):
-    assert study_table.Published(published, "verified").agrees(ours) == agrees
+    assert PublishedNumber(published, "verified").agrees(ours) == agrees
 
 
 @pytest.fixture
@@ -117,7 +126,7 @@ def folder(tmp_path) -> epath.Path:
     text = TABLE.replace('"p.gin"', f'"{tmp_path}/p.gin"')
     text += text.partition("\n")[2].replace('"a"', '"b"') + 'baseline = "a"\ndigits = ["x.y = 3"]\n'
     text += 'top1 = [70.5, "verified"]\n'
-    made = study.Study(study_table.parse_table("mine", text), "digits", ("z = 1",))
+    made = study.Study(parse_table("mine", text), "digits", ("z = 1",))
     place = epath.Path(tmp_path) / "mine" / "digits"
     place.mkdir(parents=True)
     made.write(place)
@@ -127,7 +136,7 @@ def folder(tmp_path) -> epath.Path:
     return place
 
 
-def add(made: study.Study, row: study_table.Row, seed: int, folder: epath.Path, right: int) -> None:
+def add(made: study.Study, row: Row, seed: int, folder: epath.Path, right: int) -> None:
     run = folder / row.name / f"seed{seed}"
     run.mkdir(parents=True)
     counts = {"images": 100, "parameters": 10, "multiply_adds": 20, "macs": 30}
@@ -280,19 +289,19 @@ def test_pairs_are_of_the_same_seed_and_other_seeds_count_for_the_mean_alone(fol
 def test_results_of_other_tables_or_two_data_sets_are_not_mixed(folder):
     results, _ = study.read_results(folder)
     with pytest.raises(ValueError, match="on one data set"):
-        study.summary(study_table.parse_table("other", TABLE), results)
+        study.summary(parse_table("other", TABLE), results)
 
 
 def test_the_printed_table_says_what_the_json_says(folder, capsys):
     change(folder, format=7)
-    study_text.show_results(folder, True)
+    show_results(folder, True)
     printed = capsys.readouterr()
     static, compared = json.loads(printed.out)
     assert "seed1/result.json: is of format 7" in printed.err
     assert (static["baseline"], compared["baseline"]) == (None, "a")
     assert (compared["seeds"], compared["paper_top1"]) == ([0, 2], 70.5)
     assert compared["over_baseline"]["mean"] == pytest.approx(0.11)
-    study_text.show_results(folder, False)
+    show_results(folder, False)
     text = capsys.readouterr().out
     assert "72.00 ±2.83 (46.6 to 97.4)" in text
     assert "+11.00 (-1.7 to +23.7)" in text
@@ -303,7 +312,7 @@ def test_the_printed_table_says_what_the_json_says(folder, capsys):
 def test_one_seed_is_said_to_have_no_interval(folder, capsys):
     for seed in (1, 2):
         (folder / "b" / f"seed{seed}" / "result.json").unlink()
-    study_text.show_results(folder, False)
+    show_results(folder, False)
     text = capsys.readouterr().out
     assert "Rows of one seed have no interval over seeds" in text
     assert re.search(r"^b +1 .* 70\.00 +\+10\.00 +– ", text, re.MULTILINE)

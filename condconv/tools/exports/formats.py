@@ -1,12 +1,7 @@
 """Writes a network in the formats that people deploy; of ONNX, see ``condconv.write_onnx``.
 
-<<<<<<< HEAD:condconv/tools/exports/export_formats.py
-All take ``images`` (N, H, W, 3) float32, 0–255, for any N, and give ``logits``; so does the ONNX
-file that ``condconv.write_onnx`` writes.
-=======
 All take ``images`` (N, H, W, 3) float32, 0–255, for any N, and give ``logits``. TensorFlow runs
 whichever form of a convolution ``condconv`` picks, LiteRT what ``condconv.portable`` makes of it.
->>>>>>> exports:condconv/tools/exports/formats.py
 """
 
 import contextlib
@@ -22,11 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from condconv import portable
-<<<<<<< HEAD:condconv/tools/exports/export_formats.py
-from condconv.engine.errors import RunError
-=======
 from condconv.tools.exports.trained_network import TrainedNetwork
->>>>>>> exports:condconv/tools/exports/formats.py
 
 # A map of encoded images (N,) to what the signature returns.
 ServeEncoded = Callable[[tf.Tensor], Mapping[str, tf.Tensor]]
@@ -138,17 +129,6 @@ def write_litert(
             archive.writestr(name, text)
 
 
-<<<<<<< HEAD:condconv/tools/exports/export_formats.py
-def _images(model: keras.Model) -> tf.TensorSpec:
-    return tf.TensorSpec((None, *model.input_shape[1:]), tf.float32, name="images")
-
-
-def _serve(model: keras.Model) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-    return lambda images: {"logits": model(images, training=False)}
-
-
-=======
->>>>>>> exports:condconv/tools/exports/formats.py
 @contextlib.contextmanager
 def silenced_converters() -> Iterator[None]:
     """Keeps off the screen what converters write to the descriptor behind stderr, past Python."""

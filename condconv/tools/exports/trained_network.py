@@ -8,16 +8,10 @@ import keras
 from etils import epath
 
 from condconv import in_float32
-<<<<<<< HEAD:condconv/tools/exports/export_source.py
-from condconv.engine import checkpoints, config, files, keras_file
-from condconv.engine.errors import UsageError
-from condconv.engine.experiment import Experiment, build_data, build_model
-=======
 from condconv.engine import config, files, keras_file
 from condconv.engine.errors import UsageError
 from condconv.engine.experiment import Experiment
 from condconv.engine.restore import restore
->>>>>>> exports:condconv/tools/exports/trained_network.py
 
 _WEIGHTS = {"ema": "averaged", "raw": "raw"}  # for people
 

@@ -1,79 +1,70 @@
-"""Line and bar charts as SVG: text stays text, colours follow the page, nothing is loaded.
+"""Charts of a page, drawn by matplotlib as SVG, 400 wide: about as many pixels as a phone.
 
-Lengths are in units of the drawing, which is 400 wide, about as many pixels as a phone.
+What matplotlib cannot do is done to its SVG: text and lines that have no colour of their own take
+the page's, so that they follow a reader into the dark, and letters are the reader's.
 """
 
 import base64
 import dataclasses
-import html
-import itertools
+import io
 import math
+import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from condconv.tools.reports.records import Points
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _HEIGHT = 400, 50, 382, 46, 200
-_BOTTOM = _TOP + _HEIGHT
-_LEGEND, _LINE = _BOTTOM + 50, 17
-_CHARACTERS = 42  # that fit into a line of the drawing in any usual font
-_MOST_POINTS, _MOST_MARKERS = 1200, 10  # of a chart, of a line
+Look = Mapping[str, Any]
+"""How a curve looks, as matplotlib names it."""
 
 # Okabe and Ito's colours, which people of every colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_DASHES = ("none", "6 3", "2 3", "8 3 2 3")
-_MARKERS = (
-    "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
-    "M-3 -3h6v6h-6z",
-    "M0 -4L4 3H-4z",
-    "M0 -4.5L4.5 0L0 4.5L-4.5 0z",
-    "M0 4L4 -3H-4z",
-    "M-1 -4h2v3h3v2h-3v3h-2v-3h-3v-2h3z",
-)
+INK = "#222222"  # of a file; in a page it is the page's
+DASHES = ("-", "--", ":")
+_MARKERS = "os^DvP"
 
-STYLE = "\n".join(
-    [
-        "svg { font: 12px system-ui, sans-serif; }",
-        "svg text { fill: currentColor; }",
-        "svg .title { font-weight: 600; font-size: 13px; }",
-        "svg .grid { stroke: currentColor; stroke-opacity: 0.15; }",
-        "svg .axis { stroke: currentColor; stroke-opacity: 0.6; fill: none; }",
-        "svg .line { stroke: currentColor; stroke-width: 1.6; fill: none;"
-        " stroke-linejoin: round; stroke-linecap: round; }",
-        "svg .area { fill: currentColor; }",
-        "svg .hollow { fill: none; stroke: currentColor; stroke-width: 1.6; }",
-        *(f"svg .c{i} {{ color: {colour}; }}" for i, colour in enumerate(COLOURS)),
-        *(f"svg .d{i} {{ stroke-dasharray: {dash}; }}" for i, dash in enumerate(_DASHES)),
-    ]
-)
-"""CSS of the charts: of a page that holds them, and inside each that stands alone."""
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 200, 50, 18, 46, 44
+_LINE = 17  # of the legend
+_CHARACTERS = 42  # that fit into a line of the drawing in any usual font
+_MOST_MARKERS = 10  # of a curve
 
-
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """How a series looks: each part tells it apart by itself.
-
-    Attributes:
-        colour: index into ``COLOURS``; None for the colour of text.
-        dash: index of a pattern of the line; None for no line.
-        marker: index of a shape; None for no marker.
-        hollow: whether markers are outlines.
-    """
-
-    colour: int | None = None
-    dash: int | None = 0
-    marker: int | None = None
-    hollow: bool = False
-
-    @classmethod
-    def number(cls, index: int, dash: int | None = 0) -> "Look":
-        """Returns the look of the series of that number; 36 of them differ."""
-        count = len(COLOURS)
-        return cls(index % count, dash, (index + index // count) % len(_MARKERS))
+_STYLE = {
+    "figure.dpi": 72,  # so that a point is a unit of the drawing
+    "path.simplify_threshold": 1.0,  # of a long run as many points as can be seen, peaks among them
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "condconv",  # the same run makes the same page
+    "text.parse_math": False,  # a name is no formula
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.alpha": 0.2,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
+    "legend.handlelength": 2.4,
+    "legend.labelspacing": 0.4,
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
+    **dict.fromkeys(("text.color", "grid.color", "axes.edgecolor", "axes.labelcolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("font.size", "axes.labelsize", "legend.fontsize"), 12),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 12),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.unicode_minus"), False),
+    **dict.fromkeys(("ytick.major.size", "legend.borderpad", "legend.borderaxespad"), 0),
+    "legend.frameon": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Series:
+class Curve:
     """Points that belong together.
 
     Attributes:
@@ -87,256 +78,168 @@ class Series:
     intervals: Sequence[tuple[float, float] | None] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Chart:
-    """What to draw.
+def look(number: int, dash: str = DASHES[0], hollow: bool = False) -> dict[str, Any]:
+    """Returns the look of the curve of that number; 36 of them differ."""
+    count = len(COLOURS)
+    marker = _MARKERS[(number + number // count) % len(_MARKERS)]
+    fill = "none" if hollow else "full"
+    return {"color": COLOURS[number % count], "ls": dash, "marker": marker, "fillstyle": fill}
 
-    Attributes:
+
+@matplotlib.rc_context(_STYLE)
+def curves(
+    title: str,
+    x: str,
+    y: str,
+    drawn: Sequence[Curve],
+    legend: Sequence[tuple[str, Look]] = (),
+    bounds: tuple[float, float] | None = None,
+    log: str = "",
+) -> Figure:
+    """Returns a chart of curves.
+
+    Args:
         title, x, y: text above the drawing and at its axes.
-        series: lines and markers.
+        drawn: the curves.
         legend: text and look of each entry.
         bounds: lowest and highest y; None to follow the points.
-        log, log_x: whether y or x is logarithmic where it spans much.
-        columns: stacked bars instead of series: their colours, and for each the heights of all
-            its columns from left to right.
+        log: which axes, of "xy", are logarithmic where they span much.
     """
-
-    title: str
-    x: str
-    y: str
-    series: Sequence[Series] = ()
-    legend: Sequence[tuple[str, Look]] = ()
-    bounds: tuple[float, float] | None = None
-    log: bool = False
-    log_x: bool = False
-    columns: Sequence[tuple[int | None, Sequence[float]]] = ()
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to draw."""
-        return not self.columns and not any(y is not None for s in self.series for _, y in s.points)
+    axes = _axes(title, x, y, legend)
+    for curve in drawn:
+        _draw(axes, curve, bounds or (-math.inf, math.inf))
+    if axes.lines:
+        _limit(axes.xaxis, "x" in log)
+        _limit(axes.yaxis, "y" in log)
+    if bounds:
+        axes.set_ylim(*bounds)
+    return axes.figure
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scale:
-    """Turns values between ``low`` and ``high`` into places between ``begin`` and ``end``."""
-
-    low: float
-    high: float
-    begin: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        transform: Callable[[float], float] = math.log10 if self.log else float
-        low, high = transform(self.low), transform(self.high)
-        share = (transform(min(max(value, self.low), self.high)) - low) / (high - low)
-        return self.begin + share * (self.end - self.begin)
-
-    def ticks(self) -> list[float]:
-        """Returns round values between ``low`` and ``high``."""
-        if self.log:
-            return _log_ticks(self.low, self.high)
-        step = self._step()
-        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [step * i for i in range(first, last + 1)]
-
-    def rounded(self) -> "_Scale":
-        """Returns a scale that begins and ends at a tick."""
-        step = self._step()
-        low, high = math.floor(self.low / step + 1e-9), math.ceil(self.high / step - 1e-9)
-        return dataclasses.replace(self, low=step * low, high=step * high)
-
-    def _step(self) -> float:
-        return _round_up((self.high - self.low) / 6)
+@matplotlib.rc_context(_STYLE)
+def columns(title: str, x: str, y: str, parts: Mapping[str, tuple[str, Sequence[float]]]) -> Figure:
+    """Returns a chart of stacked columns: colour of each part, and its height in all of them."""
+    square = {"ls": "none", "marker": "s"}
+    axes = _axes(title, x, y, [(name, {"color": c, **square}) for name, (c, _) in parts.items()])
+    below: Any = 0
+    for colour, heights in parts.values():
+        above = below + np.array(heights, float)
+        if any(heights):
+            edges = np.arange(len(heights) + 1) + 0.5
+            axes.stairs(above, edges, baseline=below, fill=True, color=colour, lw=0, gid="mark")
+        below = above
+    if axes.patches:
+        axes.set(xlim=(0.5, len(below) + 0.5), ylim=(0, None))
+    return axes.figure
 
 
-def _round_up(value: float) -> float:
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(n * power for n in (1, 2, 5, 10, 20) if n * power >= value * 0.999)
+def is_empty(figure: Figure) -> bool:
+    """Returns whether nothing is drawn in a chart."""
+    return not any(axes.lines or axes.patches for axes in figure.axes)
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    every = math.ceil((last - first) / 7)
-    multiples = (1, 2, 5) if last - first <= 3 else (1,)
-    values = [n * 10.0**power for power in range(first, last + 1, every) for n in multiples]
-    return [value for value in values if low <= value <= high]
+def svg(figure: Figure) -> str:
+    """Returns a chart as an SVG file that stands in a page as well; ``INK`` is its colour."""
+    content = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matplotlib's font lacks, the reader's may have
+        figure.savefig(content, format="svg", metadata=nothing)
+    text = content.getvalue()
+    for pattern, by in _LEAN.items():
+        text = re.sub(pattern, by, text)
+    return text
 
 
-def draw(chart: Chart, standalone: bool = False) -> str:
-    """Returns the chart as an SVG element, or as a file with its style inside."""
-    height = _LEGEND + _LINE * len(chart.legend) - (8 if chart.legend else 12)
-    style = f"<style>{STYLE} svg {{ background: #fff; color: #222; }}</style>" * standalone
-    size = f' width="{2 * _WIDTH}" height="{2 * height}"' * standalone
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}"{size} '
-        f'role="img" aria-label="{escape(chart.title)}">{style}{"".join(_parts(chart))}</svg>'
-    )
+_LEAN = {
+    r"(?s)^.*?(?=<svg )": "",  # XML's own header
+    r"\s*<g id=\"mark\"": '<g class="mark"',
+    r"\s*<g id=\"[^\"]*\"": "<g",  # a page holds many charts, and a name only once
+    r" font-family: [^;\"]*;": "",
+    r"(\d\.\d\d)\d+(?=[\d. \nLMz-]*\")": r"\1",
+    r"\s+(?=<)|\n": " ",
+}
 
 
-def link(chart: Chart) -> str:
-    """Returns the address under which a page holds the chart as a file."""
-    content = base64.b64encode(draw(chart, standalone=True).encode()).decode()
+def address(drawing: str) -> str:
+    """Returns the address under which a page holds an SVG as a file."""
+    own = 'style="background: #fff; font-family: system-ui, sans-serif"'
+    content = base64.b64encode(drawing.replace("<svg ", f"<svg {own} ", 1).encode()).decode()
     return f"data:image/svg+xml;base64,{content}"
 
 
-def escape(value: object) -> str:
-    """Returns text that HTML and XML show as it is, whatever it holds."""
+def visible(value: object) -> str:
+    """Returns text without what can be neither shown nor written."""
     text = str(value).encode("utf-8", "replace").decode()
-    visible = ("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
-    return html.escape("".join(visible))
-
-
-def _parts(chart: Chart) -> Iterator[str]:
-    most = max(50, _MOST_POINTS // (len(chart.series) or 1))
-    drawn = [dataclasses.replace(each, points=_thin(each.points, most)) for each in chart.series]
-    across, up = _scales(chart)
-    yield _text(4, 16, chart.title, "title")
-    yield _text(4, 34, chart.y)
-    yield from _axes(across, up)
-    yield _text((_LEFT + _RIGHT) / 2, _BOTTOM + 34, chart.x, anchor="middle")
-    yield from _columns(chart.columns, across, up)
-    for series in drawn:
-        yield from _series(series, across, up)
-    for row, (name, look) in enumerate(chart.legend):
-        yield from _entry(_LEGEND + _LINE * row, name, look)
-
-
-def _scales(chart: Chart) -> tuple[_Scale, _Scale]:
-    points = [(x, y) for s in chart.series for x, y in s.points if y is not None]
-    ys = [y for _, y in points]
-    ys += [bound for s in chart.series for pair in s.intervals if pair for bound in pair]
-    xs = [x for x, _ in points]
-    if chart.columns:
-        heights = [sum(column) for column in zip(*(h for _, h in chart.columns), strict=True)]
-        xs, ys = [0.5, len(heights) + 0.5], [0, *heights]
-    across = _scale(xs, (_LEFT, _RIGHT), chart.log_x)
-    up = _scale(ys, (_BOTTOM, _TOP), chart.log)
-    if chart.bounds:
-        low, high = chart.bounds
-        return across, dataclasses.replace(up, low=low, high=high, log=False)
-    return across, up if up.log else up.rounded()
-
-
-def _scale(values: Sequence[float], ends: tuple[float, float], may_be_log: bool) -> _Scale:
-    if may_be_log and values and 0 < 6 * min(values) < max(values):
-        return _Scale(min(values) / 1.2, max(values) * 1.2, *ends, log=True)
-    return _Scale(*_limits(values), *ends)
-
-
-def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """Returns limits around some values; 0 is one of them unless they are far from it."""
-    if not values:
-        return 0, 1
-    low, high = min(values), max(values)
-    if 0 < low < 0.7 * high:
-        low = 0
-    if low == high:
-        return low - (abs(low) or 1), high + (abs(high) or 1)
-    return low, high
-
-
-def _axes(across: _Scale, up: _Scale) -> Iterator[str]:
-    for value, label in _labelled(up.ticks()):
-        place = up(value)
-        yield f'<path class="grid" d="M{_LEFT} {place:.1f}H{_RIGHT}"/>'
-        yield _text(_LEFT - 6, place + 4, label, anchor="end")
-    for value, label in _labelled(across.ticks()):
-        place = across(value)
-        yield f'<path class="axis" d="M{place:.1f} {_BOTTOM}v4"/>'
-        yield _text(place, _BOTTOM + 17, label, anchor="middle")
-    yield f'<path class="axis" d="M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}"/>'
-
-
-def _labelled(ticks: Sequence[float]) -> list[tuple[float, str]]:
-    largest = max(map(abs, ticks), default=0)
-    units = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
-    unit, sign = next(((u, s) for least, u, s in units if least <= largest < 1e15), (1, ""))
-    return [(tick, f"{tick / unit:.4g}{sign if tick else ''}") for tick in ticks]
-
-
-def _columns(
-    columns: Sequence[tuple[int | None, Sequence[float]]], across: _Scale, up: _Scale
-) -> Iterator[str]:
-    below = [0.0] * max((len(heights) for _, heights in columns), default=0)
-    for colour, heights in columns:
-        parts = []
-        for number, height in enumerate(heights, start=1):
-            left, right = across(number - 0.4), across(number + 0.4)
-            begin, end = up(below[number - 1]), up(below[number - 1] + height)
-            below[number - 1] += height
-            if begin - end > 0.05:
-                parts.append(f"M{left:.1f} {begin:.1f}V{end:.1f}H{right:.1f}V{begin:.1f}z")
-        if parts:
-            yield f'<path class="mark area{_colour(colour)}" d="{"".join(parts)}"/>'
-
-
-def _series(series: Series, across: _Scale, up: _Scale) -> Iterator[str]:
-    look, places = (
-        series.look,
-        [(across(x), None if y is None else up(y)) for x, y in series.points],
+    return "".join(
+        "\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
     )
-    if look.dash is not None:
-        runs = itertools.groupby(places, key=lambda place: place[1] is not None)
-        joined = ["L".join(f"{x:.1f} {y:.1f}" for x, y in run) for drawn, run in runs if drawn]
-        path = "".join(f"M{each}h0" for each in joined)  # so that a lonely point is a dot
-        yield f'<path class="mark line d{look.dash}{_colour(look.colour)}" d="{path}"/>' * bool(
-            path
-        )
-    for (x, _), interval in zip(places, series.intervals, strict=False):
+
+
+def _axes(title: str, x: str, y: str, legend: Sequence[tuple[str, Look]]) -> Axes:
+    """Returns the axes of a new chart, as high as its legend needs."""
+    height = _TOP + _HEIGHT + _BOTTOM + _LINE * len(legend)
+    figure = Figure((_WIDTH / 72, height / 72), label=title)
+    figure.text(4 / _WIDTH, 1 - 16 / height, _fitting(title), size=13, weight="bold")
+    figure.text(4 / _WIDTH, 1 - 34 / height, y)
+    bottom, width = 1 - (_TOP + _HEIGHT) / height, (_WIDTH - _LEFT - _RIGHT) / _WIDTH
+    axes = figure.add_axes((_LEFT / _WIDTH, bottom, width, _HEIGHT / height))
+    axes.set_xlabel(x)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+        axis.set_major_formatter(_number)
+    handles = [Line2D([], [], **its_look) for _, its_look in legend]
+    names = [_fitting(name) for name, _ in legend]
+    place = (_LEFT / _WIDTH, bottom - _BOTTOM / height)
+    figure.legend(handles, names, loc="upper left", bbox_to_anchor=place)
+    return axes
+
+
+def _draw(axes: Axes, curve: Curve, bounds: tuple[float, float]) -> None:
+    xs, ys = np.array(curve.points, float).reshape(-1, 2).T
+    ys = np.clip(ys, *bounds)
+    if np.isfinite(ys).any():
+        axes.plot(xs, ys, **curve.look, markevery=_marked(ys), clip_on=False, gid="mark")
+    for x, interval in zip(xs, curve.intervals, strict=False):
         if interval:
-            low, high = map(up, interval)
-            whisker = f"M{x - 3:.1f} {low:.1f}h6m-3 0V{high:.1f}m-3 0h6"
-            yield f'<path class="mark line{_colour(look.colour)}" d="{whisker}"/>'
-    drawn = [(x, y) for x, y in places if y is not None]
-    every = 1 if look.dash is None else math.ceil(len(drawn) / _MOST_MARKERS) or 1
-    for x, y in drawn[::-1][::every]:
-        yield _marker(x, y, look)
+            axes.plot([x, x], interval, color=curve.look["color"], marker="_", gid="mark")
 
 
-def _marker(x: float, y: float, look: Look) -> str:
-    if look.marker is None:
-        return ""
-    kind = "hollow" if look.hollow else "area"
-    at = f'transform="translate({x:.1f} {y:.1f})"'
-    return f'<path class="mark {kind}{_colour(look.colour)}" {at} d="{_MARKERS[look.marker]}"/>'
+_WITH_UNIT = EngFormatter(sep="")
 
 
-def _entry(y: float, name: str, look: Look) -> Iterator[str]:
-    if look.dash is not None:
-        yield f'<path class="line d{look.dash}{_colour(look.colour)}" d="M{_LEFT} {y}h28"/>'
-    yield _marker(_LEFT + 14, y, look)
-    yield _text(_LEFT + 36, y + 4, name)
+def _number(value: float, _: int | None = None) -> str:
+    return _WITH_UNIT(value) if 1e3 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
-def _colour(index: int | None) -> str:
-    return "" if index is None else f" c{index}"
+def _limit(axis: Axis, may_be_log: bool) -> None:
+    """Sets an axis to what is drawn; 0 is in it unless all is far from it."""
+    low, high = axis.get_data_interval()
+    if may_be_log and 0 < 6 * low < high:
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+        axis.set_major_formatter(_number)
+        axis.set_minor_locator(NullLocator())
+        axis.axes.set(**{f"{axis.axis_name}lim": (low / 1.2, high * 1.2)})
+        return
+    if low == high:
+        low, high = low - (abs(low) or 1), high + (abs(high) or 1)
+    elif 0 < low < 0.7 * high:
+        low = 0
+    if axis.axis_name == "y":
+        low, high = axis.get_major_locator().tick_values(low, high)[[0, -1]]
+    axis.axes.set(**{f"{axis.axis_name}lim": (low, high)})
 
 
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    kind = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{escape(_cut(text))}</text>'
+def _marked(ys: np.ndarray) -> list[int]:
+    """Returns which points of a curve get a marker: some, the last among them."""
+    finite = np.flatnonzero(np.isfinite(ys))[::-1]
+    return finite[:: math.ceil(len(finite) / _MOST_MARKERS)].tolist()
 
 
-def _cut(text: str) -> str:
+def _fitting(text: str) -> str:
     """Returns as much of a text as fits into a line; wide characters count as two."""
-    widths = itertools.accumulate(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-    fitting = sum(width <= _CHARACTERS for width in widths)
+    text = " ".join(visible(text).split())
+    ends = np.cumsum([2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text])
+    fitting = int(np.sum(ends <= _CHARACTERS))
     return text if fitting == len(text) else f"{text[: fitting - 1]}…"
-
-
-def _thin(points: Points, most: int) -> Points:
-    """Returns a curve of about ``most`` points: of each part its extremes and its breaks."""
-    size = math.ceil(2 * len(points) / most)
-    if size <= 2:
-        return points
-    parts = [points[begin : begin + size] for begin in range(0, len(points), size)]
-    return [points[0], *(point for part in parts for point in _extremes(part)), points[-1]]
-
-
-def _extremes(part: Points) -> Points:
-    drawn = [i for i, (_, y) in enumerate(part) if y is not None]
-    broken = [i for i, (_, y) in enumerate(part) if y is None][:1]
-    ends = [extreme(drawn, key=lambda i: part[i][1]) for extreme in (min, max) if drawn]
-    return [part[i] for i in sorted({*ends, *broken})]

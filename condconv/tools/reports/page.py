@@ -1,14 +1,16 @@
 """One HTML page that holds all it shows: no address outside of it, and no script."""
 
 import dataclasses
+import html
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from condconv.engine import files
-from condconv.tools.reports import figures
-from condconv.tools.reports.charts import STYLE, Chart, draw, escape, link
+from condconv.tools.reports import charts, figures
 from condconv.tools.reports.records import Record, alike
 
 _STYLE = """
@@ -30,7 +32,8 @@ td { overflow-wrap: normal; } .number { text-align: right; }
 pre { margin: 0; padding: 0.6rem; font: 13px/1.4 ui-monospace, monospace; }
 .figures { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
-figure { margin: 0; } svg { display: block; width: 100%; height: auto; }
+figure { margin: 0; }
+svg { display: block; width: 100%; height: auto; font-family: system-ui, sans-serif; }
 figcaption { text-align: right; font-size: 0.85rem; } a { color: inherit; }
 .problems { border-left: 4px solid #D55E00; padding: 0.3rem 0 0.3rem 1.6rem; margin: 0 0 1rem; }
 summary { cursor: pointer; }
@@ -91,7 +94,7 @@ _PER_LAYER = (
 def of_runs(records: Sequence[Record]) -> list[str]:
     """Returns the sections about one run, or about several side by side."""
     return [
-        problems([f"left out: {problem}" for record in records for problem in record.problems]),
+        left_out([problem for record in records for problem in record.problems.values()]),
         _results(records),
         section("Figures", figure_grid(figures.of_runs(records))),
         _costs(records),
@@ -105,9 +108,14 @@ def document(title: str, sections: Sequence[str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{escape(title)}</h1>\n{''.join(filter(None, sections))}</body>\n</html>\n"
     )
+
+
+def escape(value: object) -> str:
+    """Returns text that HTML shows as it is, whatever it holds."""
+    return html.escape(charts.visible(value))
 
 
 def section(title: str, content: str) -> str:
@@ -128,23 +136,29 @@ def table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], name: st
     )
 
 
-def figure_grid(charts: Sequence[Chart]) -> str:
-    """Returns the charts side by side, as many as fit, each with itself as a file."""
-    return "".join(['<div class="figures">\n', *map(_figure, charts), "</div>\n"] if charts else [])
+def figure_grid(drawn: Sequence[Figure]) -> str:
+    """Returns figures side by side, as many as fit, each with itself as a file."""
+    whole = "".join(map(_figure, drawn))
+    return f'<div class="figures">\n{whole}</div>\n' if whole else ""
 
 
-def problems(lines: Sequence[str]) -> str:
-    """Returns a list of what is missing on the page, and why."""
+def left_out(problems: Sequence[str]) -> str:
+    """Returns a list of the files that are not on the page, and why."""
+    return _notes([f"left out: {problem}" for problem in problems])
+
+
+def _notes(lines: Sequence[str]) -> str:
     items = "".join(f"<li>{escape(line)}</li>\n" for line in lines)
     return f'<ul class="problems">\n{items}</ul>\n' if items else ""
 
 
-def _figure(chart: Chart) -> str:
-    file = re.sub(r"[^a-z0-9]+", "_", chart.title.lower()).strip("_") or "figure"
-    return (
-        f"<figure>{draw(chart)}\n"
-        f'<figcaption><a download="{file}.svg" href="{link(chart)}">SVG</a></figcaption></figure>\n'
-    )
+def _figure(figure: Figure) -> str:
+    title, drawing = figure.get_label(), charts.svg(figure)
+    name = re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_") or "figure"
+    seen = drawing.replace(charts.INK, "currentColor")
+    seen = seen.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+    link = f'<a download="{name}.svg" href="{charts.address(drawing)}">SVG</a>'
+    return f"<figure>{seen}\n<figcaption>{link}</figcaption></figure>\n"
 
 
 def _box(name: str) -> str:
@@ -176,7 +190,7 @@ def _results(records: Sequence[Record]) -> str:
         for record in records
         if not files.is_file(record.workdir / "eval.json")
     ]
-    return section("Results", table(_RESULTS, rows, "Results") + problems(missing))
+    return section("Results", table(_RESULTS, rows, "Results") + _notes(missing))
 
 
 def _cost_of(record: Record) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """What a run left in its folder, as far as it can be read."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from condconv.engine import files
-from condconv.engine.errors import UsageError
+from condconv.engine.errors import UsageError, gist
 from condconv.engine.telemetry import read_metrics
 
 Points = list[tuple[float, float | None]]
@@ -38,17 +39,17 @@ class Record:
         metrics: the objects of ``metrics.jsonl``.
         config: text of ``config.gin``.
         environment: ``environment.json``.
-        problems: a line for each file that cannot be read and was left out.
+        problems: why a file cannot be read and was left out, in one line, by its name.
     """
 
     name: str
     workdir: epath.Path
-    result: Mapping[str, Any] | None
-    cost: Mapping[str, Any] | None
-    metrics: Sequence[Any]
-    config: str
-    environment: Mapping[str, Any]
-    problems: tuple[str, ...]
+    result: Mapping[str, Any] | None = None
+    cost: Mapping[str, Any] | None = None
+    metrics: Sequence[Any] = ()
+    config: str = ""
+    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def curve(self, name: str, scale: float = 1.0) -> Points:
         """Returns the values of that name over steps, times ``scale``."""
@@ -87,27 +88,14 @@ def is_run(workdir: epath.Path) -> bool:
 
 
 def _read(workdir: epath.Path, name: str) -> Record:
-    problems: list[str] = []
-
-    def lenient(file: str, reader: Callable[[], Any], otherwise: Any) -> Any:
-        if not files.is_file(workdir / file):
-            return otherwise
-        try:
-            return reader()
-        except UsageError as error:
-            problems.append(str(error))
-            return otherwise
-
-    return Record(
-        name,
-        workdir,
-        lenient("eval.json", lambda: read_result(workdir), None),
-        lenient("cost.json", lambda: _read_cost(workdir / "cost.json"), None),
-        lenient("metrics.jsonl", lambda: metrics_of(workdir), []),
-        lenient("config.gin", lambda: files.read_text(workdir / "config.gin"), ""),
-        lenient("environment.json", lambda: files.read_json(workdir / "environment.json"), {}),
-        tuple(problems),
-    )
+    found, problems = {}, {}
+    for file, (attribute, reader) in _FILES.items():
+        if files.is_file(workdir / file):
+            try:
+                found[attribute] = reader(workdir / file)
+            except UsageError as error:
+                problems[file] = str(error)
+    return Record(name, workdir, **found, problems=problems)
 
 
 def read_result(workdir: epath.Path) -> dict[str, Any]:
@@ -146,19 +134,31 @@ def _read_cost(path: epath.Path) -> dict[str, Any]:
     return cost
 
 
-def metrics_of(workdir: epath.Path) -> list[Any]:
-    """Returns the objects of ``metrics.jsonl``.
-
-    Raises:
-        UsageError: if they cannot be read.
-    """
+def _read_metrics(path: epath.Path) -> list[Any]:
+    """Returns the objects of ``metrics.jsonl``, in the names that they have today."""
     try:
-        return read_metrics(workdir)
+        lines = read_metrics(path.parent)
     except (ValueError, ArithmeticError, RecursionError, *files.path_errors()) as error:
         raise UsageError(
-            f"the metrics of {workdir} cannot be read ({files.reason(error)}): restore or remove "
-            "its metrics.jsonl"
+            f"the metrics of {path.parent} cannot be read ({gist(error)}): restore or remove its "
+            "metrics.jsonl"
         ) from error
+    return [_renamed(line) if isinstance(line, dict) else line for line in lines]
+
+
+def _renamed(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a line of metrics whose selection split is called so; it once was ``minival``."""
+    return {re.sub("^minival_", "selection_", name): value for name, value in line.items()}
+
+
+_FILES: dict[str, tuple[str, Callable[[epath.Path], Any]]] = {
+    "eval.json": ("result", lambda path: read_result(path.parent)),
+    "cost.json": ("cost", _read_cost),
+    "metrics.jsonl": ("metrics", _read_metrics),
+    "config.gin": ("config", files.read_text),
+    "environment.json": ("environment", files.read_json),
+}
+"""Files of a run: the attribute of ``Record`` that each becomes, and who reads it."""
 
 
 def points(metrics: Sequence[Any], name: str, scale: float = 1.0) -> Points:

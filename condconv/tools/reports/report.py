@@ -14,14 +14,11 @@ from etils import epath
 
 from condconv.cost import count_cost
 from condconv.engine import files
-from condconv.engine.errors import UsageError
-from condconv.tools.reports import page, records, study_page
-from condconv.tools.reports.charts import COLOURS
+from condconv.engine.errors import UsageError, gist
+from condconv.tools.reports import figures, page, records, study_page
 from condconv.tools.studies import study
 
-_STYLES = {"train": ":", "minival": "-", "val": "-"}
 _MOST_NAMES = 4  # in a page's title
-_LABELS = {"train": "training", "minival": "selection", "val": "evaluation"}
 
 
 def compare(workdirs: Sequence[epath.Path]) -> list[dict[str, Any]]:
@@ -47,40 +44,19 @@ def compare(workdirs: Sequence[epath.Path]) -> list[dict[str, Any]]:
 
 
 def plot_accuracy(workdirs: Sequence[epath.Path], output: epath.Path) -> None:
-    """Draws top-1 over steps, in training and on the split it is watched by, as a PNG.
+    """Draws top-1 over steps, in training and on the splits that runs were judged by, as a PNG.
 
     Raises:
         UsageError: if a run's metrics cannot be read, or the output not be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     files.check_output(output, "--output")
-    curves = [_curves(workdir) for workdir in workdirs]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for of_run, colour in zip(curves, COLOURS * len(curves), strict=False):
-        for label, style, points in of_run:
-            axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
-    axes.set(xlabel="step", ylabel="top-1 accuracy (%)", ylim=(0, 101))
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(loc="lower right")
+    runs = records.read(workdirs)
+    for run in runs:
+        if problem := run.problems.get("metrics.jsonl"):
+            raise UsageError(problem)
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    pyplot.close(figure)
+    figures.accuracy(runs).savefig(content, format="png", dpi=216, facecolor="white")
     files.write_bytes(output, content.getvalue())
-
-
-def _curves(workdir: epath.Path) -> list[tuple[str, str, list[tuple[float, float]]]]:
-    """Returns label, style and points (step, percent) of each curve that a run has."""
-    metrics, curves = records.metrics_of(workdir), []
-    for prefix, style in _STYLES.items():
-        points = records.points(metrics, f"{prefix}_top1", 100)
-        drawn = [(step, value) for step, value in points if value is not None]
-        curves.append((f"{workdir.name}, {_LABELS[prefix]}", style, drawn))
-    return [curve for curve in curves if curve[-1]]
 
 
 def write(workdirs: Sequence[epath.Path], output: epath.Path) -> list[str]:
@@ -105,7 +81,7 @@ def write(workdirs: Sequence[epath.Path], output: epath.Path) -> list[str]:
         left_out += problems
     if runs := records.read([workdir for workdir, studies in found.items() if not studies]):
         sections += page.of_runs(runs)
-        left_out += [problem for run in runs for problem in run.problems]
+        left_out += [problem for run in runs for problem in run.problems.values()]
     title = ", ".join(workdir.name or str(workdir) for workdir in found)
     title = title if len(found) <= _MOST_NAMES else f"{len(found)} folders"
     files.write_text(output, page.document(title, sections))
@@ -141,4 +117,4 @@ def _worth_no_failure(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logging.warning("%s was not written: %s", path, files.reason(error))
+        logging.warning("%s was not written: %s", path, gist(error))

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+from matplotlib.figure import Figure
 
-from condconv.tools.reports import figures, page, records
-from condconv.tools.reports.charts import Chart, Look, Series, escape
-from condconv.tools.reports.page import Column
-from condconv.tools.reports.records import Record
+from condconv.tools.reports import charts, figures, page, records
+from condconv.tools.reports.charts import DASHES, INK, Curve, Look
+from condconv.tools.reports.page import Column, escape
+from condconv.tools.reports.records import Points, Record
+from condconv.tools.studies.statistics import Estimate
 from condconv.tools.studies.study import (
     VIEWS,
     Line,
@@ -21,12 +23,12 @@ from condconv.tools.studies.study import (
     read_study,
     summary,
 )
-from condconv.tools.studies.study_table import Published, Table
+from condconv.tools.studies.table import PublishedNumber, Table
 
 _ROW = Column("row", "row")
 
 
-def _sure(key: str, mean: Column) -> tuple[Column, ...]:
+def _with_interval(key: str, mean: Column) -> tuple[Column, ...]:
     """Returns the columns of a mean and its 95 % interval."""
     bounds = ((f"{key}_low", "95 % from"), (f"{key}_high", "to"))
     return mean, *(Column(name, title, mean.form, 100) for name, title in bounds)
@@ -35,7 +37,7 @@ def _sure(key: str, mean: Column) -> tuple[Column, ...]:
 _REACHED = (
     _ROW,
     Column("seeds", "seeds", ","),
-    *_sure("top1", Column("top1", "top-1 (%)", ".2f", 100)),
+    *_with_interval("top1", Column("top1", "top-1 (%)", ".2f", 100)),
     Column("top1_deviation", "deviation", ".2f", 100),
     Column("loss", "loss", ".4f"),
     Column("paper_top1", "the paper's top-1 (%)", "g"),
@@ -44,9 +46,9 @@ _REACHED = (
 _GAINED = (
     _ROW,
     Column("baseline", "over"),
-    *_sure("over_baseline", Column("over_baseline", "gain", "+.2f", 100)),
+    *_with_interval("over_baseline", Column("over_baseline", "gain", "+.2f", 100)),
     Column("over_baseline_p_value", "p", ".2g"),
-    *_sure(
+    *_with_interval(
         "over_baseline_by_image", Column("over_baseline_by_image", "gain by image", "+.2f", 100)
     ),
     Column("over_baseline_by_image_p_value", "p", ".2g"),
@@ -75,14 +77,14 @@ def of_study(folder: epath.Path) -> tuple[list[str], list[str]]:
     results, rejected = read_results(folder)
     lines = summary(study.table, results)
     runs = _runs(results)
-    left_out = [_named(each) for each in rejected]
-    left_out += [problem for run in runs.values() for problem in run.problems]
+    left_out = [_with_path(each) for each in rejected]
+    left_out += [problem for run in runs.values() for problem in run.problems.values()]
     title = f"{study.table.title}, on {study.dataset}"
     rows = [_cells(line, study.table) for line in lines]
     sections = [
         page.section(
             title,
-            page.problems([f"left out: {each}" for each in left_out])
+            page.left_out(left_out)
             + page.table(_REACHED, rows, title)
             + _paragraph(
                 "Top-1: mean over seeds with its 95 % interval and standard deviation; one seed "
@@ -103,7 +105,7 @@ def of_study(folder: epath.Path) -> tuple[list[str], list[str]]:
     return sections, left_out
 
 
-def _named(rejected: Rejected) -> str:
+def _with_path(rejected: Rejected) -> str:
     path = str(rejected.path)
     return rejected.reason if path in rejected.reason else f"{path}: {rejected.reason}"
 
@@ -121,16 +123,13 @@ def _record(result: Result) -> Record:
     if records.is_run(result.workdir):
         (record,) = records.read([result.workdir])
         return dataclasses.replace(record, name=result.row)
-    ours = (result.metrics, None, [], result.config, result.environment, ())
-    return Record(result.row, result.workdir, *ours)
+    own = {"config": result.config, "environment": result.environment}
+    return Record(result.row, result.workdir, result.metrics, **own)
 
 
 def _cells(line: Line, table: Table) -> dict[str, Any]:
     """Returns a row's numbers, those of ``summary`` and the paper's, by name."""
-    row, baseline = line.row, table.row(line.row.baseline or "")
-    gain = None
-    if baseline and row.top1 and baseline.top1:
-        gain = round(row.top1.value - baseline.top1.value, 2)
+    row = line.row
     return {
         "row": row.name,
         "baseline": row.baseline,
@@ -140,13 +139,13 @@ def _cells(line: Line, table: Table) -> dict[str, Any]:
         "loss": line.loss and line.loss.mean,
         **_numbers("over_baseline", line.over_baseline),
         **_numbers("over_baseline_by_image", line.over_baseline_by_image),
-        **_published_as("paper_top1", row.top1),
-        **_published_as("paper_multiply_adds", row.multiply_adds),
-        "paper_gain": gain,
+        **_published("paper_top1", row.top1),
+        **_published("paper_multiply_adds", row.multiply_adds),
+        "paper_gain": table.paper_gain(row),
     }
 
 
-def _published_as(name: str, found: Published | None) -> Mapping[str, Any]:
+def _published(name: str, found: PublishedNumber | None) -> Mapping[str, Any]:
     return {name: found.value, f"{name}_certainty": found.certainty} if found else {}
 
 
@@ -169,28 +168,26 @@ def _paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>\n"
 
 
-def frontiers(study: Study, lines: Sequence[Line]) -> list[Chart]:
+def frontiers(study: Study, lines: Sequence[Line]) -> list[Figure]:
     """Returns top-1 over multiply-adds, the paper's and ours: together where both are ImageNet's.
 
     Rows are joined with those that have the same baseline.
     """
-    families = _families(study.table)
-    by_row = {line.row.name: line for line in lines}
-    lines_of = [[by_row[name] for name in names] for names in families.values()]
-    paper = [_published(of_family, i) for i, of_family in enumerate(lines_of)]
-    ours = [_measured(of_family, i, study.table.counted_as) for i, of_family in enumerate(lines_of)]
-    title = f"Ours on {study.dataset}, with 95 % intervals"
+    paper, ours = {}, {}
+    for number, (baseline, names) in enumerate(_families(study.table).items()):
+        family = [line for line in lines if line.row.name in names]
+        paper[baseline] = Curve(_published_points(family), charts.look(number, DASHES[1], True))
+        ours[baseline] = _measured(family, study.table.counted_as, charts.look(number))
     if study.dataset == "imagenet2012":
-        legend = [*zip(families, [each.look for each in ours], strict=True)]
-        legend.append(("the paper's: hollow", Look(None, 1, 0, hollow=True)))
-        charts = [_frontier("Ours on ImageNet, and the paper's", [*paper, *ours], legend)]
+        hollow = charts.look(0, DASHES[1], True) | {"color": INK}
+        legend = [*_legend(ours), ("the paper's: hollow", hollow)]
+        both = [*paper.values(), *ours.values()]
+        drawn = [_frontier("Ours on ImageNet, and the paper's", both, legend)]
     else:
-        of_both = (("The paper on ImageNet", paper), (title, ours))
-        charts = [
-            _frontier(title, series, [*zip(families, [s.look for s in series], strict=True)])
-            for title, series in of_both
-        ]
-    return [chart for chart in charts if not chart.empty]
+        title = f"Ours on {study.dataset}, with 95 % intervals"
+        of_both = {"The paper on ImageNet": paper, title: ours}
+        drawn = [_frontier(t, [*each.values()], _legend(each)) for t, each in of_both.items()]
+    return [figure for figure in drawn if not charts.is_empty(figure)]
 
 
 def _families(table: Table) -> dict[str, list[str]]:
@@ -201,41 +198,36 @@ def _families(table: Table) -> dict[str, list[str]]:
     return families
 
 
-def _published(lines: Sequence[Line], number: int) -> Series:
-    def value(found: Published | None) -> float | None:
-        return found and found.value
-
-    pairs = [(value(line.row.multiply_adds), value(line.row.top1)) for line in lines]
-    points = sorted((1e6 * x, y) for x, y in pairs if x is not None and y is not None)
-    return Series(points, dataclasses.replace(Look.number(number, 1), hollow=True))
+def _legend(curves: Mapping[str, Curve]) -> list[tuple[str, Look]]:
+    return [(name, curve.look) for name, curve in curves.items()]
 
 
-def _measured(lines: Sequence[Line], number: int, counted_as: str) -> Series:
-    measured = sorted(
-        (getattr(line, counted_as), line.top1.mean, line) for line in lines if line.top1
-    )
-    points = [(cost, 100 * top1) for cost, top1, _ in measured]
-    intervals = [_interval(line) for *_, line in measured]
-    return Series(points, Look.number(number), intervals)
+def _published_points(lines: Sequence[Line]) -> Points:
+    known = [(line.row.multiply_adds, line.row.top1) for line in lines]
+    return sorted((1e6 * cost.value, top1.value) for cost, top1 in known if cost and top1)
 
 
-def _interval(line: Line) -> tuple[float, float] | None:
-    if line.top1.low is None:
-        return None
-    return max(0, 100 * line.top1.low), min(100, 100 * line.top1.high)
+def _measured(lines: Sequence[Line], counted_as: str, look: Look) -> Curve:
+    found = sorted((getattr(line, counted_as), line.top1.mean, line) for line in lines if line.top1)
+    points = [(cost, 100 * mean) for cost, mean, _ in found]
+    return Curve(points, look, [_interval(line.top1) for *_, line in found])
 
 
-def _frontier(title: str, series: Sequence[Series], legend: Sequence[tuple[str, Look]]) -> Chart:
-    ys = [y for each in series for _, y in each.points]
-    ys += [y for each in series for pair in each.intervals if pair for y in pair]
-    bounds = (5 * math.floor(min(ys) / 5), 5 * math.ceil(max(ys) / 5)) if ys else (0, 100)
-    bounds = bounds if bounds[0] < bounds[1] else (bounds[0] - 5, bounds[1])
-    return Chart(title, "multiply-adds", "top-1 (%)", series, legend, bounds, log_x=True)
+def _interval(top1: Estimate) -> tuple[float, float] | None:
+    return None if top1.low is None else (max(0, 100 * top1.low), min(100, 100 * top1.high))
+
+
+def _frontier(title: str, curves: Sequence[Curve], legend: Sequence[tuple[str, Look]]) -> Figure:
+    ys = [y for curve in curves for _, y in curve.points]
+    ys += [y for curve in curves for interval in curve.intervals if interval for y in interval]
+    low, high = (5 * math.floor(min(ys) / 5), 5 * math.ceil(max(ys) / 5)) if ys else (0, 100)
+    bounds = (low, high) if low < high else (low - 5, high)
+    return charts.curves(title, "multiply-adds", "top-1 (%)", curves, legend, bounds, log="x")
 
 
 def _curves(table: Table, runs: Mapping[str, Record]) -> Iterator[str]:
     """Yields a section for each baseline: its run and those of the rows compared with it."""
     for baseline, names in _families(table).items():
         present = [runs[name] for name in names if name in runs]
-        charts = figures.of_runs(present) if present else []
-        yield page.section(f"Runs of the lowest seed: {baseline}", page.figure_grid(charts))
+        drawn = figures.of_runs(present) if present else []
+        yield page.section(f"Runs of the lowest seed: {baseline}", page.figure_grid(drawn))

@@ -21,7 +21,7 @@ from etils import epath
 from condconv.engine import files
 from condconv.engine.errors import UsageError
 from condconv.tools.studies import statistics
-from condconv.tools.studies.study_table import DATASETS, ROOT, Row, Table, parse_table
+from condconv.tools.studies.table import DATASETS, ROOT, Row, Table, parse_table
 
 FORMAT = 1
 """Of ``result.json`` and ``study.json``; another one is not read."""

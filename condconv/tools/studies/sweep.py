@@ -22,9 +22,10 @@ from etils import epath
 
 from condconv.engine import files
 from condconv.engine.errors import RunError, UsageError
-from condconv.engine.loop import stopping_signals, tell
+from condconv.engine.loop import stopping_signals
+from condconv.engine.telemetry import clock
 from condconv.tools.studies.study import Study, read_result, read_study, write_result
-from condconv.tools.studies.study_table import ROOT, Row
+from condconv.tools.studies.table import ROOT, Row
 
 _POLL_SECONDS = 0.1
 
@@ -80,8 +81,8 @@ def run(study: Study, folder: epath.Path, seeds: Iterable[int], jobs: int = 1) -
     for task in tasks:
         study.digest(task.row, task.seed)  # raises, before anything runs, if a gin file is missing
     study.write(folder)
-    with stopping_signals() as caught:
-        return _Sweep(study, tasks, jobs, caught).go()
+    with stopping_signals() as signals:
+        return _Sweep(study, tasks, jobs, signals).go()
 
 
 def _check_same_study(study: Study, folder: epath.Path) -> None:
@@ -102,11 +103,11 @@ class _Sweep:
         study: they are of.
         tasks: all of it, done or not.
         jobs: runs at a time.
-        caught: signals, as they come.
+        signals: that ask it to stop, as they come.
     """
 
-    def __init__(self, study: Study, tasks: list[_Task], jobs: int, caught: list[int]):
-        self._study, self._jobs, self._caught = study, jobs, caught
+    def __init__(self, study: Study, tasks: list[_Task], jobs: int, signals: list[int]):
+        self._study, self._jobs, self._signals = study, jobs, signals
         self._total = len(tasks)
         self._waiting = [task for task in tasks if not self._is_done(task)]
         self._running: list[_Running] = []
@@ -118,19 +119,19 @@ class _Sweep:
     def go(self) -> int:
         """Runs all tasks; returns the exit code."""
         if self._skipped:
-            tell(f"{self._skipped} of {self._total} are done already")
+            _tell(f"{self._skipped} of {self._total} are done already")
         try:
-            while (self._waiting or self._running) and not self._caught:
+            while (self._waiting or self._running) and not self._signals:
                 self._start_some()
                 time.sleep(_POLL_SECONDS)
                 self._look()
         finally:
             self._stop()
-        if self._caught:
-            tell(f"stopped with {self._done()} of {self._total} done; the same command goes on")
-            return 128 + self._caught[0]
+        if self._signals:
+            _tell(f"stopped with {self._done()} of {self._total} done; the same command goes on")
+            return 128 + self._signals[0]
         for task, reason in self._failed.items():
-            tell(f"failed: {task}: {reason}")
+            _tell(f"failed: {task}: {reason}")
         return 1 if self._failed else 0
 
     def _is_done(self, task: _Task) -> bool:
@@ -140,7 +141,7 @@ class _Sweep:
         try:
             read_result(self._study, path)
         except UsageError as error:
-            tell(f"{task}: its result {error}; running it again")
+            _tell(f"{task}: its result {error}; running it again")
             return False
         return True
 
@@ -156,7 +157,7 @@ class _Sweep:
                 lock = _lock(task.folder)
             except BlockingIOError:
                 if task not in self._elsewhere:
-                    tell(f"{task}: another process is at it; waiting for that one")
+                    _tell(f"{task}: another process is at it; waiting for that one")
                 self._elsewhere.add(task)
                 continue
             self._waiting.remove(task)
@@ -169,7 +170,7 @@ class _Sweep:
         slot = min({*range(self._jobs)} - {running.slot for running in self._running})
         running = _Running(task, slot, lock, self._commands(task), time.monotonic())
         self._running.append(running)
-        tell(f"{task}: begins")
+        _tell(f"{task}: begins")
         self._next_command(running)
 
     def _commands(self, task: _Task) -> collections.deque[list[str]]:
@@ -215,11 +216,11 @@ class _Sweep:
             result = read_result(self._study, task.folder / "result.json")
         except (RunError, UsageError) as error:
             self._failed[task] = str(error)
-            tell(f"{task}: failed: {error}")
+            _tell(f"{task}: failed: {error}")
         else:
             self._seconds.append(seconds)
-            tell(
-                f"{task}: top-1 {result.metrics['top1']:.4f} after {_time(seconds)}; "
+            _tell(
+                f"{task}: top-1 {result.metrics['top1']:.4f} after {clock(seconds)}; "
                 f"{self._done()} of {self._total} done, {self._remaining()}"
             )
         finally:
@@ -230,7 +231,7 @@ class _Sweep:
         if not left:
             return "none left"
         mean = sum(self._seconds) / len(self._seconds)
-        return f"about {_time(mean * left / self._jobs)} left"
+        return f"about {clock(mean * left / self._jobs)} left"
 
     def _stop(self) -> None:
         """Stops what runs, once, and waits until it has saved."""
@@ -289,8 +290,5 @@ def _reason(code: int, said: str) -> str:
     return f"{ended}; {lines[-1] if lines else 'nothing said'}"
 
 
-def _time(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes >= 120:
-        return f"{seconds / 3600:.1f} h"
-    return f"{minutes} min" if seconds >= 120 else f"{seconds:.0f} s"
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

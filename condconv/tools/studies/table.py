@@ -25,7 +25,7 @@ CERTAINTIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
+class PublishedNumber:
     """A number of the paper: its value as printed, and one of ``CERTAINTIES``."""
 
     value: float
@@ -63,9 +63,9 @@ class Row:
     bindings: tuple[str, ...] = ()
     imagenet2012: tuple[str, ...] = ()
     digits: tuple[str, ...] = ()
-    multiply_adds: Published | None = None
-    parameters: Published | None = None
-    top1: Published | None = None
+    multiply_adds: PublishedNumber | None = None
+    parameters: PublishedNumber | None = None
+    top1: PublishedNumber | None = None
 
     def gin(self, dataset: str) -> tuple[str, tuple[str, ...]]:
         """Returns the gin file, with its whole path, and the bindings of the row on a data set."""
@@ -96,6 +96,13 @@ class Table:
     def row(self, name: str) -> Row | None:
         """Returns the row of that name, or None."""
         return next((row for row in self.rows if row.name == name), None)
+
+    def paper_gain(self, row: Row) -> float | None:
+        """Returns by how many points the paper has a row above its baseline."""
+        baseline = self.row(row.baseline or "")
+        if baseline is None or row.top1 is None or baseline.top1 is None:
+            return None
+        return round(row.top1.value - baseline.top1.value, 2)
 
 
 def read_table(name: str) -> Table:
@@ -195,10 +202,10 @@ def _texts(values: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _published(values: Mapping[str, Any], key: str) -> Published:
+def _published(values: Mapping[str, Any], key: str) -> PublishedNumber:
     match values[key]:
         case [int() | float() as value, str() as certainty] if certainty in CERTAINTIES:
-            return Published(value, certainty)
+            return PublishedNumber(value, certainty)
     raise ValueError(
         f"{key} takes [number, certainty] with one of {', '.join(CERTAINTIES)}, not {values[key]!r}"
     )

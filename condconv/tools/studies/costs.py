@@ -8,7 +8,7 @@ import keras
 from condconv.cost import count_unbuilt
 from condconv.engine import config
 from condconv.engine.experiment import build_data, build_model
-from condconv.tools.studies.study_table import Published, Row, Table
+from condconv.tools.studies.table import PublishedNumber, Row, Table
 
 
 def cost_lines(table: Table) -> Iterator[dict[str, Any]]:
@@ -37,14 +37,14 @@ def _line(row: Row, counted_as: str) -> dict[str, Any]:
     return {
         "name": row.name,
         **counts,
-        **_beside("parameters", counts["parameters"], row.parameters),
-        **_beside("multiply_adds", counts[counted_as], row.multiply_adds),
+        **_compared("parameters", counts["parameters"], row.parameters),
+        **_compared("multiply_adds", counts[counted_as], row.multiply_adds),
         "paper_top1": row.top1 and row.top1.value,
         "top1_certainty": row.top1 and row.top1.certainty,
     }
 
 
-def _beside(name: str, ours: int, published: Published | None) -> dict[str, Any]:
+def _compared(name: str, ours: int, published: PublishedNumber | None) -> dict[str, Any]:
     return {
         f"paper_{name}": published and round(published.value * 1e6),
         f"{name}_certainty": published and published.certainty,

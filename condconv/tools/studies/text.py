@@ -11,7 +11,7 @@ from etils import epath
 from condconv.tools import tables
 from condconv.tools.studies.statistics import Difference, Estimate
 from condconv.tools.studies.study import VIEWS, Line, read_results, read_study, summary
-from condconv.tools.studies.study_table import Table
+from condconv.tools.studies.table import Table
 
 _NONE = "–"
 
@@ -20,7 +20,7 @@ def show_costs(lines: Iterable[Mapping[str, Any]], as_json: bool) -> None:
     """Prints costs to stdout, each line as soon as it is there; or all of them as JSON.
 
     Args:
-        lines: from ``study_costs.cost_lines``.
+        lines: from ``costs.cost_lines``.
         as_json: whether to print these as they are.
     """
     if as_json:
@@ -74,7 +74,7 @@ def show_results(folder: epath.Path, as_json: bool) -> None:
         print(f"left out: {each.path}: {each.reason}", file=sys.stderr)
     lines = summary(study.table, results)
     if as_json:
-        print(json.dumps([_plain(line, study.table) for line in lines], indent=2))
+        print(json.dumps([_as_json(line, study.table) for line in lines], indent=2))
         return
     tables.show([_cells(line, study.table) for line in lines], False)
     print(_explanation(VIEWS[study.dataset]))
@@ -82,7 +82,7 @@ def show_results(folder: epath.Path, as_json: bool) -> None:
         print("Rows of one seed have no interval over seeds: nothing tells how others would end.")
 
 
-def _plain(line: Line, table: Table) -> dict[str, Any]:
+def _as_json(line: Line, table: Table) -> dict[str, Any]:
     """Returns a line as JSON has it: accuracies as shares, but the paper's in percent."""
     values = dataclasses.asdict(line)
     del values["row"]
@@ -93,20 +93,12 @@ def _plain(line: Line, table: Table) -> dict[str, Any]:
         **values,
         "paper_top1": row.top1 and row.top1.value,
         "top1_certainty": row.top1 and row.top1.certainty,
-        "paper_gain": _paper_gain(line, table),
+        "paper_gain": table.paper_gain(line.row),
     }
 
 
-def _paper_gain(line: Line, table: Table) -> float | None:
-    """Returns by how many points the paper has a row above its baseline."""
-    baseline = table.row(line.row.baseline or "")
-    if baseline is None or line.row.top1 is None or baseline.top1 is None:
-        return None
-    return round(line.row.top1.value - baseline.top1.value, 2)
-
-
 def _cells(line: Line, table: Table) -> dict[str, Any]:
-    paper_gain = _paper_gain(line, table)
+    paper_gain = table.paper_gain(line.row)
     return {
         "row": line.row.name,
         "seeds": len(line.seeds),
