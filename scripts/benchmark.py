@@ -1,14 +1,18 @@
 """Measures how fast things are, against what else does the same, alternated in one run.
 
 python scripts/benchmark.py --mode=train --model=efficientnet_b0 --against=official_loop
+python scripts/benchmark.py --mode=train --model=efficientnet_b0 --against_checkout=../before
 """
 
 import json
 
 from absl import flags
 
-from condconv.tools.benchmarks.comparison import AGAINST, BACKENDS, FORMS, PRECISIONS, Comparison
 from scripts import command
+
+_AGAINST = ("static", "engine", "official_loop", "keras_applications", "timm")
+_BACKENDS, _PRECISIONS = ("tensorflow", "jax"), ("float32", "mixed_bfloat16", "mixed_float16")
+_FORMS = ("variables", "folded", "frozen", "folded_frozen")
 
 _MODE = flags.DEFINE_enum("mode", "input", ["infer", "train", "input"], "What to measure.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "1, 16, 128 by default.", lower_bound=1)
@@ -23,11 +27,12 @@ _NETWORK = (
     flags.DEFINE_float("width", 1.0, "Multiplier of the filters.", lower_bound=0),
     flags.DEFINE_integer("image_size", 224, "Height and width.", lower_bound=1),
     flags.DEFINE_integer("num_classes", 1000, "Classes.", lower_bound=1),
-    flags.DEFINE_multi_enum("against", None, AGAINST, "What to compare with; the static twin."),
+    flags.DEFINE_multi_enum("against", None, _AGAINST, "What to compare with; static, engine."),
+    flags.DEFINE_string("against_checkout", None, "Folder of another checkout to compare with."),
     flags.DEFINE_string("timm_python", None, "Python interpreter that has timm."),
-    flags.DEFINE_enum("backend", "tensorflow", BACKENDS, "Keras' backend."),
-    flags.DEFINE_enum("precision", "float32", PRECISIONS, "Keras' policy."),
-    flags.DEFINE_enum("form", "variables", FORMS, "Of our networks in inference."),
+    flags.DEFINE_enum("backend", "tensorflow", _BACKENDS, "Keras' backend."),
+    flags.DEFINE_enum("precision", "float32", _PRECISIONS, "Keras' policy."),
+    flags.DEFINE_enum("form", "variables", _FORMS, "Of our networks in inference."),
     flags.DEFINE_bool("xla", False, "Have XLA compile the whole step; JAX always does."),
     flags.DEFINE_bool("dynamic_batch", False, "Compile for a batch of any size."),
     flags.DEFINE_integer("threads", 1, "Threads and cores of each.", lower_bound=1),
@@ -38,13 +43,13 @@ _NETWORK = (
 def main(_: list[str]) -> None:
     """Prints tables and what they mean."""
     from condconv.tools import tables
-    from condconv.tools.benchmarks import input_benchmark, network_benchmark
+    from condconv.tools.benchmarks import input_pipeline, networks
 
     if _MODE.value == "input":
         config = (_GIN_FILE.value, _GIN_PARAM.value, _BATCH_SIZE.value or 128)
-        result = input_benchmark.measure(*config, _ROUNDS.value or 7, _RATE.value, command.tell)
+        result = input_pipeline.measure(*config, _ROUNDS.value or 7, _RATE.value, command.tell)
     else:
-        result = network_benchmark.measure(_comparison(), _ROUNDS.value or 15, command.tell)
+        result = networks.measure(_comparison(), _ROUNDS.value or 15, command.tell)
     if _JSON.value:
         print(json.dumps(result, indent=2))
         return
@@ -54,9 +59,10 @@ def main(_: list[str]) -> None:
     print("\n".join(result["conclusions"]))
 
 
-def _comparison() -> Comparison:
-    from condconv.engine.errors import UsageError
-    from models import list_models
+def _comparison() -> object:
+    from condconv.engine.errors import UsageError, in_one_line
+    from condconv.tools.benchmarks.comparison import Comparison
+    from models import list_models, released_timm
     from models.paper import PAPER
 
     given = {flag.name: flag.value for flag in _NETWORK}
@@ -65,6 +71,9 @@ def _comparison() -> Comparison:
     published = (row.num_experts for row in PAPER if row.model == name)
     given["num_experts"] = max(published) if given["num_experts"] is None else given["num_experts"]
     given["batch_size"] = _BATCH_SIZE.value or {"infer": 1, "train": 16}[_MODE.value]
+    if "timm" in (given["against"] or ()):
+        with in_one_line(UsageError):
+            given["timm_name"] = released_timm.architecture(name, given["num_experts"]).name
     return Comparison(mode=_MODE.value, create="models:create_model", **given)
 
 
