@@ -58,10 +58,10 @@ def recipes(pipeline: Pipeline, split: str, batch_size: int) -> dict[str, Callab
 
 def _up_to(pipeline: Pipeline, count: int) -> Pipeline:
     """Returns the pipeline with its first stages only, and without their results' memory."""
-    kept = dict(itertools.islice(pipeline.preprocessing.stages.items(), count))
+    first = dict(itertools.islice(pipeline.preprocessing.stages.items(), count))
     # One value of it: the whole would be copied into a batch, its size alone not even computed.
-    kept["forget"] = lambda image, seed: tf.reshape(image, [-1])[:1]
-    preprocessing = Preprocessing(kept, pipeline.preprocessing.evaluate)
+    first["forget"] = lambda image, seed: tf.reshape(image, [-1])[:1]
+    preprocessing = Preprocessing(first, pipeline.preprocessing.evaluate)
     return dataclasses.replace(pipeline, preprocessing=preprocessing, mixing=None)
 
 

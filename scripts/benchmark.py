@@ -1,6 +1,7 @@
 """Measures how fast things are, against what else does the same, alternated in one run.
 
 python scripts/benchmark.py --mode=train --model=efficientnet_b0 --against=official_loop
+python scripts/benchmark.py --mode=train --model=efficientnet_b0 --against_checkout=../before
 """
 
 from absl import flags
@@ -25,6 +26,7 @@ _NETWORK = (
     flags.DEFINE_integer("image_size", 224, "Height and width.", lower_bound=1),
     flags.DEFINE_integer("num_classes", 1000, "Classes.", lower_bound=1),
     flags.DEFINE_multi_enum("against", None, _AGAINST, "What to compare with; static, engine."),
+    flags.DEFINE_string("against_checkout", None, "Folder of another checkout to compare with."),
     flags.DEFINE_string("timm_python", None, "Python interpreter that has timm."),
     flags.DEFINE_enum("backend", "tensorflow", _BACKENDS, "Keras' backend."),
     flags.DEFINE_enum("precision", "float32", _PRECISIONS, "Keras' policy."),
@@ -42,20 +44,20 @@ def main(_: list[str]) -> None:
         command.check_configs(_GIN_FILE.value)
     command.import_backend()
     from condconv.tools import tables
-    from condconv.tools.benchmarks import input_benchmark, network_benchmark
+    from condconv.tools.benchmarks import input_pipeline, networks
 
     if _MODE.value == "input":
         config = (_GIN_FILE.value, _GIN_PARAM.value, _BATCH_SIZE.value or 128)
-        result = input_benchmark.measure(*config, _ROUNDS.value or 7, _RATE.value, command.tell)
+        result = input_pipeline.measure(*config, _ROUNDS.value or 7, _RATE.value, command.tell)
     else:
-        result = network_benchmark.measure(_comparison(), _ROUNDS.value or 15, command.tell)
+        result = networks.measure(_comparison(), _ROUNDS.value or 15, command.tell)
     tables.show_measured(result, _JSON.value)
 
 
 def _comparison() -> object:
     from condconv.engine.errors import UsageError
     from condconv.tools.benchmarks.comparison import Comparison
-    from models import list_models
+    from models import list_models, released_timm
     from models.paper import PAPER
 
     given = {flag.name: flag.value for flag in _NETWORK}
@@ -64,6 +66,8 @@ def _comparison() -> object:
     published = (row.num_experts for row in PAPER if row.model == name)
     given["num_experts"] = max(published) if given["num_experts"] is None else given["num_experts"]
     given["batch_size"] = _BATCH_SIZE.value or {"infer": 1, "train": 16}[_MODE.value]
+    if "timm" in (given["against"] or ()):
+        given["timm_name"] = released_timm.NAMES.get((name, given["num_experts"]))
     return Comparison(mode=_MODE.value, create="models:create_model", **given)
 
 

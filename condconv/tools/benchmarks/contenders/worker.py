@@ -1,8 +1,7 @@
 """A contender's side of a benchmark: makes its rounds, and runs one whenever it is asked to.
 
-Runs in a process of its own, perhaps of another Python interpreter, so this file needs the
-standard library only. What it says goes through a connection, as JSON: objects of its libraries
-would not arrive. stdout and stderr are a file.
+This file needs the standard library only. What it says goes through a connection, as JSON: objects
+of its libraries would not arrive. stdout and stderr are a file.
 """
 
 import importlib
@@ -10,8 +9,8 @@ import json
 import os
 import platform
 import queue
-import re
 import resource
+import signal
 import sys
 import threading
 import time
@@ -19,15 +18,15 @@ from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from condconv.engine.errors import UsageError
-
 # Begins a round; the first yield starts the clock, each next one counts images.
 Round = Callable[[], Iterator[int]]
 Rounds = Mapping[str, Round]
 
-_COLOURS = re.compile("\x1b\\[[0-9;]*m")
-_KERAS_PREFACE = "Exception encountered when calling"
-_OUT_OF_MEMORY = ("out of memory", "oom when", "allocate memory", "resource exhausted")
+
+class Refusal(Exception):
+    """What other flags would cure, as ``condconv.engine.errors.UsageError``."""
+
+    exit_code = 2
 
 
 class Made(NamedTuple):
@@ -36,10 +35,12 @@ class Made(NamedTuple):
     Attributes:
         rounds: by name.
         facts: called when all is measured; what there is to say about the contender.
+        clock: that rounds are timed by, in seconds.
     """
 
     rounds: Rounds
     facts: Callable[[], Mapping[str, Any]] = dict
+    clock: Callable[[], float] = time.perf_counter
 
 
 def steps(step: Callable[[], object], images: int, seconds: float) -> Round:
@@ -81,18 +82,18 @@ def serve(descriptor: int) -> None:
         _say(connection, "done", list(made.rounds))
         first = None
         while (name := orders.get()) is not None:
-            rate, after_first = _rate(made.rounds[name])
+            rate, after_first = _rate(made.rounds[name], made.clock)
             first = first or after_first
             _say(connection, "done", rate)
-        report = {"peak_bytes": _peak_bytes(), "seconds_to_first_step": first - started}
+        report = {"peak_bytes": peak_bytes(), "seconds_to_first_step": first - started}
         report["python"] = platform.python_version()
         _say(connection, "done", report | dict(made.facts()))
     except ImportError as error:
-        _say(connection, "usage", f"{sys.executable} cannot import what it needs: {error}")
-    except UsageError as error:
-        _say(connection, "usage", str(error))
+        said = f"{sys.executable} cannot import what it needs: {error}"
+        _say(connection, "refused", ["ImportError", said])
     except BaseException as error:  # told by the parent, in one line
-        _say(connection, "failed", _reason(error))
+        kind = "refused" if getattr(error, "exit_code", None) == 2 else "failed"
+        _say(connection, kind, [type(error).__name__, str(error)])
 
 
 def _say(connection: Connection, kind: str, what: Any) -> None:
@@ -108,7 +109,7 @@ def _listen(connection: Connection) -> "queue.SimpleQueue[Any]":
             while True:
                 orders.put(connection.recv())
         except (EOFError, OSError):
-            os._exit(1)
+            os.killpg(0, signal.SIGKILL)  # what it has started too
 
     threading.Thread(target=listen, daemon=True).start()
     return orders
@@ -120,35 +121,25 @@ def _make(make: str, arguments: Mapping[str, Any]) -> Made:
     return made if isinstance(made, Made) else Made(made)
 
 
-def _rate(begin: Round) -> tuple[float, float]:
+def _rate(begin: Round, clock: Callable[[], float]) -> tuple[float, float]:
     """Returns images per second, and the time of day after the first step."""
     images, done, first = begin(), 0, None
     next(images)
-    start = end = time.perf_counter()
+    start = end = clock()
     for count in images:
-        done, end = done + count, time.perf_counter()
+        done, end = done + count, clock()
         first = first or time.time()
     return done / (end - start), first  # without what it takes to close a round
 
 
-def _reason(error: BaseException) -> str:
-    """Returns what happened, in one line: that behind Keras' own, which names the layer only."""
-    lines = [_COLOURS.sub("", line).strip() for line in str(error).splitlines()]
-    said = next((line for line in lines if line and not line.startswith(_KERAS_PREFACE)), "")
-    exhausted = isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
-    if exhausted or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
-        return "out of memory: take a smaller --batch_size or --image_size"
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
-
-
-def _peak_bytes() -> int:
-    """Returns the most memory that this process has held.
+def peak_bytes(process: int | str = "self") -> int:
+    """Returns the most memory that a process has held.
 
     Not ru_maxrss where there is better: it begins with what the process that started this one
     held.
     """
     try:
-        with open("/proc/self/status") as status:
+        with open(f"/proc/{process}/status") as status:
             (peak,) = [line.split()[1] for line in status if line.startswith("VmHWM")]
         return int(peak) * 1024
     except (OSError, ValueError):

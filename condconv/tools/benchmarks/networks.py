@@ -1,24 +1,28 @@
-"""How fast a network is, beside its static twin, the authors' formulation and other libraries."""
+"""How fast a network is, beside its static twin, other formulations, libraries and checkouts."""
 
 import dataclasses
 import os
 import platform
 import statistics
+import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from condconv.tools.benchmarks.benchmark import Measured, alternate, interval
-from condconv.tools.benchmarks.comparison import MEMORY, TIMM_LAYOUTS, Comparison
+from condconv.tools.benchmarks.alternation import Measured, alternate, interval
+from condconv.tools.benchmarks.comparison import CHECKOUTS, MEMORY, TIMM_LAYOUTS, Comparison
 from condconv.tools.benchmarks.roofline import roofline, traffic
 
+_ALSO = (("engine", "ours"), ("static", "keras.applications"))  # ratios besides those of the first
 
-def measure(comparison: Comparison, rounds: int, told: Callable[[str], None]) -> dict[str, Any]:
+
+def measure(comparison: Comparison, rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
     """Measures a network against others.
 
     Args:
         comparison: what to measure.
         rounds: how often.
-        told: of ``alternate``.
+        tell: of ``alternate``.
 
     Returns:
         ``contenders``: rows of a table; ``conclusions``: lines; ``comparisons``, ``roofline``,
@@ -30,16 +34,18 @@ def measure(comparison: Comparison, rounds: int, told: Callable[[str], None]) ->
         RunError: if a contender fails.
     """
     comparison.check()
-    measured = alternate(comparison.contenders(), rounds, told)
-    (memory,) = measured.pop(MEMORY).rates.values()
+    tell(f"Python: {sys.executable}")
+    with tempfile.TemporaryDirectory() as folder:
+        measured = alternate(comparison.contenders(folder), rounds, tell)
+    memory = measured.pop(MEMORY).rates["bytes"] if MEMORY in measured else None
     rates = {name: each.rates["steps"] for name, each in measured.items()}
     reports = {name: each.report for name, each in measured.items()}
     comparisons, machine = _comparisons(rates), _machine(reports)
-    line = _roofline(comparison, rates, reports, statistics.median(memory))
+    line = _roofline(comparison, rates, reports, statistics.median(memory)) if memory else None
+    ours = next(iter(measured.values()))
     return {
         "contenders": [
-            _row(name, each, measured["ours"], comparison.batch_size)
-            for name, each in measured.items()
+            _row(name, each, ours, comparison.batch_size) for name, each in measured.items()
         ],
         "conclusions": [*_compared(comparisons), *_bounds(line), *_described(comparison, machine)],
         "comparisons": comparisons,
@@ -88,34 +94,28 @@ def _between(ends: tuple[float, float] | None) -> str | None:
 
 
 def _comparisons(rates: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Returns ours over each other, the static twin over keras.applications, and timm's best."""
-    pairs = [("ours", name) for name in rates if name != "ours"]
-    if {"static", "keras.applications"} <= rates.keys():
-        pairs.append(("static", "keras.applications"))
+    """Returns the first over each other, and what else is told."""
+    first, *others = rates
+    pairs = [(first, name) for name in others]
+    pairs += [pair for pair in _ALSO if rates.keys() >= set(pair)]
     found = []
     for over, under in pairs:
         times = _times(rates[over], rates[under])
-        found.append(
-            {
-                "over": over,
-                "under": under,
-                "ratio": statistics.median(times),
-                "interval": interval(times),
-            }
-        )
+        ratio = {"ratio": statistics.median(times), "interval": interval(times)}
+        found.append({"over": over, "under": under} | ratio)
     return found
 
 
 def _compared(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
     timms = [each for each in comparisons if each["under"] in TIMM_LAYOUTS]
+    best = max(timms, key=lambda each: each["ratio"], default=None)
     lines = []
     for each in comparisons:
-        if each["over"] == "static" or (timms and each is max(timms, key=lambda t: t["ratio"])):
-            better = ", its better layout" if each in timms else ""
+        pair = (each["over"], each["under"])
+        if each is best or pair in _ALSO or pair[1] in CHECKOUTS:
+            better = ", its better layout" if each is best else ""
             between = _between(each["interval"]) or "unknown: too few rounds"
-            lines.append(
-                f"{each['over']} over {each['under']}{better}: {each['ratio']:.3f}, 95 %: {between}"
-            )
+            lines.append(f"{' over '.join(pair)}{better}: {each['ratio']:.3f}, 95 %: {between}")
     return lines
 
 
@@ -164,16 +164,17 @@ def _described(asked: Comparison, machine: Mapping[str, Any]) -> list[str]:
         f"{asked.batch_size} × {asked.image_size}×{asked.image_size}, {asked.threads} thread"
         f"{'s' if asked.threads > 1 else ''}, {', '.join(options)}",
         ", ".join(f"{name} {value}" for name, value in machine.items()),
+        *([f"other checkout: {asked.against_checkout}"] if asked.against_checkout else []),
     ]
 
 
 def _machine(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the processor, its cores, and the versions and device that contenders reported."""
     names = ("python", "tensorflow", "jax", "keras", "torch", "timm", "device")
-    told = {
+    found = {
         name: each[name] for name in names for each in reversed(reports.values()) if name in each
     }
-    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), **told}
+    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), **found}
 
 
 def _processor() -> str:

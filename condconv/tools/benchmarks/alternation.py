@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import signal
 import socket
 import statistics
 import subprocess
@@ -21,13 +22,20 @@ from multiprocessing.connection import Connection
 from typing import IO, Any
 
 import condconv
-from condconv.engine.errors import RunError, UsageError
+from condconv.engine.errors import RunError, UsageError, gist
 
-_ROOT = str(pathlib.Path(condconv.__file__).parents[1])
-_CODE = "from condconv.tools.benchmarks.worker import serve; serve({})"
+ROOT = str(pathlib.Path(condconv.__file__).parents[1])
+_CODE = "import sys; sys.path[:0] = {}; from contenders.worker import serve; serve({})"
+
+# Where ``contenders`` is a package of its own, which imports no ``condconv``.
+_PACKAGES = str(pathlib.Path(__file__).parent)
 
 # As ``command.keep_freed_memory`` has it, so that it holds from the start and for any interpreter.
 _MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20)}
+_OUT_OF_MEMORY = (
+    *("out of memory", "oom when", "allocate memory", "resource exhausted"),
+    *("memoryerror", "resourceexhaustederror"),
+)
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -36,10 +44,11 @@ class Contender:
     """A process that offers rounds.
 
     Attributes:
-        make: "module:function", which returns the rounds by name, or ``worker.Made``.
+        make: "module:function", which returns the rounds by name, or ``contenders.worker.Made``.
         arguments: of the function, by name.
         cores: how many the process may use, and how many threads it shall.
         python: the interpreter; this one if None.
+        root: of the checkout whose packages are imported.
         environment: variables to set.
     """
 
@@ -47,6 +56,7 @@ class Contender:
     arguments: Mapping[str, Any]
     cores: int = 1
     python: str | None = None
+    root: str = ROOT
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -67,7 +77,7 @@ class Measured:
 def alternate(
     contenders: Mapping[str, Contender],
     rounds: int,
-    told: Callable[[str], None] = lambda progress: None,
+    tell: Callable[[str], None] = lambda progress: None,
 ) -> dict[str, Measured]:
     """Runs every round of every contender once, then again in the opposite order, and so on.
 
@@ -77,7 +87,7 @@ def alternate(
     Args:
         contenders: by name.
         rounds: how often.
-        told: called with what has begun or is done, in words.
+        tell: called with what has begun or is done, in words.
 
     Returns:
         What was measured, by contender.
@@ -88,18 +98,18 @@ def alternate(
         RunError: if a contender fails.
     """
     with contextlib.ExitStack() as stack:
-        workers = _started(contenders, stack, told)
+        workers = _started(contenders, stack, tell)
         rates = {name: {each: [] for each in workers[name].names} for name in workers}
         turns = [(name, each) for name, worker in workers.items() for each in worker.names]
         for done in range(rounds):
             for name, each in turns if done % 2 == 0 else reversed(turns):
                 rates[name][each].append(workers[name].ask(each))
-            told(f"measured {done + 1} of {rounds} times")
+            tell(f"measured {done + 1} of {rounds} times")
         return {name: Measured(rates[name], workers[name].ask(None)) for name in workers}
 
 
 def _started(
-    contenders: Mapping[str, Contender], stack: contextlib.ExitStack, told: Callable[[str], None]
+    contenders: Mapping[str, Contender], stack: contextlib.ExitStack, tell: Callable[[str], None]
 ) -> "dict[str, _Worker]":
     """Starts contenders one after the other, each when the one before has run its rounds once."""
     available, workers = sorted(os.sched_getaffinity(0)), {}
@@ -107,7 +117,7 @@ def _started(
         if contender.cores > len(available):
             raise UsageError(f"{name} wants {contender.cores} cores; there are {len(available)}")
     for name, contender in contenders.items():
-        told(f"starting {name}")
+        tell(f"starting {name}")
         workers[name] = _Worker(name, contender, available[: contender.cores], stack)
         for each in workers[name].names:
             workers[name].ask(each)
@@ -158,8 +168,7 @@ class _Worker:
         with theirs:
             started = time.time()
             self._process = _start(name, contender, theirs.fileno(), self._said)
-        stack.callback(self._process.wait)
-        stack.callback(self._process.kill)
+        stack.callback(self._end)
         self._connection = stack.enter_context(Connection(ours.detach()))
         order = (contender.make, dict(contender.arguments), cores, started)
         self.names = self.ask(order)
@@ -175,11 +184,17 @@ class _Worker:
             kind, answer = json.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
             raise RunError(f"{self._name}: {self._death()}") from None
-        if kind == "usage":
-            raise UsageError(f"{self._name}: {answer}")
-        if kind == "failed":
-            raise RunError(f"{self._name}: {answer}")
-        return answer
+        if kind == "done":
+            return answer
+        raise (UsageError if kind == "refused" else RunError)(
+            f"{self._name}: {_reason(kind, *answer)}"
+        )
+
+    def _end(self) -> None:
+        """Ends the process, and what it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _death(self) -> str:
         code = self._process.wait()
@@ -190,12 +205,20 @@ class _Worker:
         return f"its process died, exit code {code}: {''.join(last) or 'it said nothing'}"
 
 
+def _reason(kind: str, error: str, said: str) -> str:
+    """Returns in one line why a contender has failed, or refuses."""
+    if any(words in f"{error}: {said}".lower() for words in _OUT_OF_MEMORY):
+        return "out of memory: take a smaller --batch_size or --image_size"
+    line = gist(Exception(said)) if said else ""
+    return line if kind == "refused" else f"{error}: {line}"
+
+
 def _start(name: str, contender: Contender, connection: int, said: IO[bytes]) -> subprocess.Popen:
     """Starts a contender's process, in a session of its own: Ctrl-C is this process' business."""
     python = contender.python or sys.executable
     try:
         return subprocess.Popen(
-            [python, "-c", _CODE.format(connection)],
+            [python, "-c", _CODE.format([contender.root, _PACKAGES], connection)],
             env=_environment(contender),
             stdin=subprocess.DEVNULL,
             stdout=said,
@@ -211,9 +234,8 @@ def _start(name: str, contender: Contender, connection: int, said: IO[bytes]) ->
 
 def _environment(contender: Contender) -> dict[str, str]:
     """Returns all variables; another interpreter sees no packages of this one's."""
-    path = [_ROOT]
-    if contender.python is None and (ours := os.environ.get("PYTHONPATH")):
-        path.append(ours)
     threads = dict.fromkeys(_THREADS, str(contender.cores))
-    settings = {"PYTHONPATH": os.pathsep.join(path), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    return {**os.environ, **_MALLOC, **threads, **settings, **contender.environment}
+    settings = {**_MALLOC, **threads, "TF_CPP_MIN_LOG_LEVEL": "3", **contender.environment}
+    foreign = contender.python is not None
+    ours = {name: v for name, v in os.environ.items() if not (foreign and name == "PYTHONPATH")}
+    return ours | settings

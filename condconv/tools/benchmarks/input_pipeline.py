@@ -9,9 +9,9 @@ from typing import Any
 from condconv.engine import config
 from condconv.engine.errors import UsageError
 from condconv.engine.experiment import build_data
-from condconv.tools.benchmarks.benchmark import Contender, alternate, ratio
+from condconv.tools.benchmarks.alternation import Contender, alternate, ratio
 
-_HERE = "condconv.tools.benchmarks.input_benchmark:of_config"
+_HERE = "condconv.tools.benchmarks.input_pipeline:of_config"
 
 
 def of_config(
@@ -30,7 +30,7 @@ def measure(
     batch_size: int,
     count: int,
     accelerator_rate: float,
-    told: Callable[[str], None],
+    tell: Callable[[str], None],
     ours: str = "data.throughput",
     pil: str = "data.pil",
 ) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def measure(
         batch_size: images in a batch.
         count: how often each is measured.
         accelerator_rate: images per second that the input should reach.
-        told: of ``alternate``.
+        tell: of ``alternate``.
         ours: module that has rounds of our ``stages`` and ``recipes``, and ``inputs`` for PIL.
         pil: module that has rounds of the same in PIL.
 
@@ -65,7 +65,7 @@ def measure(
             "two": contender("recipes", cores=2),
         },
         count,
-        told,
+        tell,
     )
     rates = {name: each.rates for name, each in measured.items()}
     stages = _stages(rates["stages"])
