@@ -105,31 +105,25 @@ def _cells(line: Line, table: Table) -> dict[str, Any]:
         "parameters": line.parameters,
         "multiply_adds": line.multiply_adds,
         "top1": _percent(line.top1),
-        "gain": _gain(line.over_baseline),
+        "gain": _percent(line.over_baseline),
         "p": _p_value(line.over_baseline),
-        "gain_by_image": _gain(line.over_baseline_by_image),
+        "gain_by_image": _percent(line.over_baseline_by_image),
         "p_by_image": _p_value(line.over_baseline_by_image),
         "paper_top1": line.row.top1 and line.row.top1.value,
         "paper_gain": _NONE if paper_gain is None else f"{paper_gain:+.1f}",
     }
 
 
-def _percent(top1: Estimate | None) -> str:
-    if top1 is None:
+def _percent(found: Estimate | None) -> str:
+    """Returns a mean of accuracies or, with signs, of their differences, and its interval."""
+    if found is None:
         return _NONE
-    mean = f"{100 * top1.mean:.2f}"
-    if top1.deviation is None:
+    sign = "+" if isinstance(found, Difference) else ""
+    mean = f"{100 * found.mean:{sign}.2f}"
+    if found.deviation is None:
         return mean
-    return f"{mean} ±{100 * top1.deviation:.2f} ({100 * top1.low:.1f} to {100 * top1.high:.1f})"
-
-
-def _gain(difference: Difference | None) -> str:
-    if difference is None:
-        return _NONE
-    mean = f"{100 * difference.mean:+.2f}"
-    if difference.deviation is None:
-        return mean
-    return f"{mean} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+    deviation = "" if sign else f" ±{100 * found.deviation:.2f}"
+    return f"{mean}{deviation} ({100 * found.low:{sign}.1f} to {100 * found.high:{sign}.1f})"
 
 
 def _p_value(difference: Difference | None) -> str:
