@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from tiny_runs import judged
 
-from condconv.engine.evaluation import Evaluator
+from condconv.engine.tasks.classification import classification
 from data.folder import image_folder
 from data.pipeline import Pipeline
 from data.preprocess import Preprocessing, whole
@@ -148,14 +149,14 @@ def test_evaluation_counts_as_one_would_by_hand(answers, several):
     inputs = keras.Input((1, 1, 3))
     number = keras.ops.cast(inputs[:, 0, 0, 0], "int32")
     model = keras.Model(inputs, keras.ops.take(keras.ops.convert_to_tensor(logits), number, axis=0))
-    found = Evaluator(model, pipeline, 5, tf.distribute.get_strategy())("all")
-    np.testing.assert_array_equal(found.scored, right.any(axis=1))
-    for index in np.where(found.scored)[0]:
+    found = judged(model, pipeline, 5, "all")
+    np.testing.assert_array_equal(found["scored"], right.any(axis=1))
+    for index in np.where(found["scored"])[0]:
         rank, loss = scored_by_hand(logits[index], right[index], allowed)
-        assert found.rank[index] == rank
-        np.testing.assert_allclose(found.loss[index], loss, rtol=1e-5)
-        assert found.answer[index] == min(allowed, key=lambda c: (-logits[index, c], c))
-    assert found.summary(CLASSES)["images"] == right.any(axis=1).sum()
+        assert found["rank"][index] == rank
+        np.testing.assert_allclose(found["loss"][index], loss, rtol=1e-5)
+        assert found["answer"][index] == min(allowed, key=lambda c: (-logits[index, c], c))
+    assert classification(pipeline).summary(found)["images"] == right.any(axis=1).sum()
 
 
 def test_an_unreadable_image_counts_as_wrong(folder):
@@ -165,12 +166,12 @@ def test_an_unreadable_image_counts_as_wrong(folder):
     always_cat = keras.ops.stack([inputs[:, 0, 0, 0] * 0 + 9, inputs[:, 0, 0, 0] * 0], axis=1)
     pipeline = Pipeline(source, whole(8), broken_are_wrong=True)
     model = keras.Model(inputs, always_cat)
-    found = Evaluator(model, pipeline, 5, tf.distribute.get_strategy())("validation")
-    summary = found.summary(2)
+    found = judged(model, pipeline, 5, "validation")
+    summary = classification(pipeline).summary(found)
     assert summary["images"] == 12
     assert summary["top1"] == pytest.approx(5 / 12)
     assert summary["top5"] == pytest.approx(11 / 12)
-    assert np.isclose(found.loss, np.log(2)).sum() == 1
+    assert np.isclose(found["loss"], np.log(2)).sum() == 1
 
 
 # Memory --------------------------------------------------------------------------------------

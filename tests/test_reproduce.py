@@ -312,8 +312,9 @@ def test_on_digits_twins_are_normalised_and_regularised_alike(name):
         layers = experiment.model(num_classes=10).layers
         named = ("PixelNormalization", "Dropout", "StochasticDepth", "BatchNormalization")
         kept = [layer.get_config() for layer in layers if type(layer).__name__ in named]
-        chosen = ("duration", "batch_size", "weight_decay", "label_smoothing", "ema_decay")
-        return kept, [getattr(experiment, each) for each in chosen]
+        chosen = ("duration", "batch_size", "weight_decay", "ema_decay")
+        smoothing = experiment.task(data=experiment.data()).label_smoothing
+        return kept, smoothing, [getattr(experiment, each) for each in chosen]
 
     for row in table.rows:
         if row.baseline:

@@ -1,7 +1,9 @@
 """Who may import whom, and what an import may cost."""
 
 import ast
+import dataclasses
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,29 +50,63 @@ def roots(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-def test_the_layers_import_keras_alone_and_a_backend_only_inside_functions():
-    for path in sources("condconv/*.py"):
-        assert not roots(imports(path)) & {"models", "data", *HEAVY - {"tensorflow"}}, path
-        assert not roots(imports(path, top_level_only=True)) & HEAVY, path
-        assert not any(name.startswith("condconv.engine") for name in imports(path)), path
+def strings_that_name_modules(path: pathlib.Path) -> set[str]:
+    """Returns the strings that are loaded, or run in another process, as modules of ours."""
+    texts = (n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant))
+    named = re.compile(r"(condconv|models|data|scripts)([.:][a-zA-Z_]+)+")
+    return {t.replace(":", ".") for t in texts if isinstance(t, str) and named.fullmatch(t)}
 
 
-def test_the_networks_import_layers_and_no_engine():
-    for path in sources("models/*.py"):
-        assert "data" not in roots(imports(path)), path
-        assert not any(name.startswith("condconv.engine") for name in imports(path)), path
-        if path.name != "configurables.py":
-            assert not roots(imports(path)) & HEAVY, path
+LIBRARY, ENGINE, TOOLS = "condconv", "condconv.engine", "condconv.tools"
+TENSORFLOW = "condconv.engine.backends.tensorflow"
+FRAMEWORKS = {"tensorflow", "jax", "torch", "scipy"}
 
 
-def test_the_data_imports_nothing_of_ours():
-    for path in sources("data/*.py"):
-        assert not roots(imports(path)) & {"condconv", "models"}, path
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Files, what of ours they may not name, and what else they may not import.
+
+    Attributes:
+        pattern: of the files.
+        closed: modules of ours, with all below them.
+        foreign: packages that they import nowhere.
+        late: packages that they import inside functions at most.
+    """
+
+    pattern: str
+    closed: tuple[str, ...]
+    foreign: frozenset[str] = frozenset()
+    late: frozenset[str] = frozenset()
 
 
-def test_the_engine_imports_neither_networks_nor_data():
-    for path in sources("condconv/engine/**/*.py"):
-        assert not roots(imports(path)) & {"models", "data"}, path
+ELSEWHERE = ("models", "data", "scripts")
+ROOMS = (
+    Room("condconv/*.py", (ENGINE, TOOLS, *ELSEWHERE), HEAVY - {"tensorflow"}, HEAVY),
+    Room("condconv/engine/*.py", (TOOLS, TENSORFLOW, *ELSEWHERE), FRAMEWORKS),
+    Room("condconv/engine/tasks/*.py", (TOOLS, TENSORFLOW, *ELSEWHERE), FRAMEWORKS),
+    Room("condconv/engine/backends/*.py", (TOOLS, *ELSEWHERE), FRAMEWORKS),
+    Room("condconv/engine/backends/tensorflow/*.py", (TOOLS, *ELSEWHERE), frozenset({"jax"})),
+    Room("condconv/tools/**/*.py", (TENSORFLOW, *ELSEWHERE)),
+    Room("models/*.py", (ENGINE, TOOLS, "data", "scripts"), HEAVY - {"gin"}, HEAVY - {"gin"}),
+    Room("data/*.py", (LIBRARY, "models", "scripts")),
+    Room("scripts/command.py", (LIBRARY, "models", "data"), frozenset(), HEAVY | {"keras"}),
+)
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.pattern)
+def test_a_room_imports_what_it_may(room):
+    for path in sources(room.pattern):
+        names = imports(path)
+        for name in names | strings_that_name_modules(path):
+            closed = [c for c in room.closed if name == c or name.startswith(f"{c}.")]
+            assert not closed, f"{path} names {name}"
+        assert not roots(names) & room.foreign, path
+        assert not roots(imports(path, top_level_only=True)) & room.late, path
+
+
+def test_gin_is_in_one_file_of_the_networks():
+    having = [p.name for p in sources("models/*.py") if "gin" in roots(imports(p))]
+    assert having == ["configurables.py"]
 
 
 def test_commands_are_short_leaves():
@@ -171,6 +207,37 @@ print("ran", len({names}))
 """
     done = python(code, KERAS_BACKEND="jax", XLA_FLAGS=HASTY)
     assert done.stdout.strip() == f"ran {len(names)}", done.stderr
+
+
+def loaded_by_the_loop() -> list[str]:
+    """Returns the modules of ours that a training step needs, the TensorFlow backend included."""
+    code = "import sys, condconv.engine.loop, condconv.engine.backends.tensorflow; "
+    code += "print(*(name for name in sys.modules if name.startswith('condconv.')))"
+    done = python(code, TF_CPP_MIN_LOG_LEVEL="3")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_a_step_needs_few_modules_and_no_tools():
+    loaded = loaded_by_the_loop()
+    assert not [name for name in loaded if name.startswith("condconv.tools")]
+    assert len([name for name in loaded if name.startswith("condconv.engine")]) <= 22
+    for name in loaded:
+        path = ROOT.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        assert "scipy" not in roots(imports(path)), name
+
+
+def test_the_core_of_the_engine_needs_neither_tensorflow_nor_data_sets():
+    code = """
+import sys
+for name in ("tensorflow", "tensorflow_datasets", "sklearn", "matplotlib"):
+    sys.modules[name] = None
+import condconv.engine.loop, condconv.engine.evaluation, condconv.engine.checkpoints
+print("imported")
+"""
+    done = python(code, KERAS_BACKEND="jax")
+    assert done.stdout.strip() == "imported", done.stderr
 
 
 def test_a_git_checkout_keeps_folders_called_data_and_models():

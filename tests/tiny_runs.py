@@ -112,7 +112,7 @@ def build(**changes: Any) -> Run:
     return tensorflow.build(experiment(**changes))
 
 
-def judged(model: keras.Model, data: Pipeline, batch_size: int) -> Columns:
-    """Returns what a model says of the split "test", in order."""
+def judged(model: keras.Model, data: Pipeline, batch_size: int, split: str = "test") -> Columns:
+    """Returns what a model says of a split, in order."""
     evaluator = tensorflow.connect("auto").evaluator(model, classification(data), data, batch_size)
-    return in_order(evaluator("test"), data, "test")
+    return in_order(evaluator(split), data, split)

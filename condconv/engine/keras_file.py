@@ -19,7 +19,7 @@ import keras
 
 import condconv  # noqa: F401  registers the layers
 from condconv.engine import files
-from condconv.engine.errors import RunError, UsageError
+from condconv.engine.errors import RunError, UsageError, in_one_line
 
 _WEIGHTS = "model.weights.h5"
 _MEMBERS = {"config.json", "metadata.json", _WEIGHTS}
@@ -40,11 +40,8 @@ def load(path: str) -> keras.Model:
         raise UsageError(f"{path} is no .keras file: name one")
     damaged = (*files.path_errors(), EOFError, zipfile.BadZipFile, zlib.error)
     refused = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)
-    try:
+    with in_one_line(RunError, f"{path} cannot be loaded", (*damaged, *refused, MemoryError)):
         return _load(path)
-    except (*damaged, *refused, MemoryError) as error:
-        said = str(error).split("Exception encountered: ")[-1].strip().split("\n")[0]
-        raise RunError(f"{path} cannot be loaded: {said or error!r}") from error
 
 
 def _load(path: str) -> keras.Model:
