@@ -29,6 +29,20 @@ __all__ = [
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16", "float64")
 
+_CHECKS = (  # attributes, whether a value fits, what is allowed
+    ("batch_size eval_batch_size", lambda n: n >= 1, "an integer of at least 1"),
+    ("accumulation_steps keep_checkpoints", lambda n: n >= 1, "an integer of at least 1"),
+    ("steps_per_call", lambda n: n >= 1, "an integer of at least 1"),
+    ("max_rollbacks", lambda n: n >= 0, "an integer of at least 0"),
+    ("label_smoothing", lambda share: 0 <= share < 1, "a share from 0 to below 1"),
+    ("weight_decay", lambda factor: factor >= 0, "a factor of at least 0"),
+    ("ema_decay", lambda decay: 0 <= decay < 1, "a decay from 0 to below 1"),
+    ("precision", PRECISIONS.__contains__, " or ".join(PRECISIONS)),
+    ("clip_norm", lambda norm: norm > 0, "a norm above 0, or None"),
+    ("stall_seconds", lambda seconds: seconds > 0, "seconds above 0"),
+    ("seed", lambda seed: 0 <= seed < 2**32, "an integer from 0 to below 2^32"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Written:
@@ -122,32 +136,10 @@ class Experiment:
     written: Written | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
-        checks = (
-            ("batch_size", self.batch_size >= 1, "an integer of at least 1"),
-            (
-                "eval_batch_size",
-                self.eval_batch_size is None or self.eval_batch_size >= 1,
-                "an integer of at least 1",
-            ),
-            (
-                "label_smoothing",
-                self.label_smoothing is None or 0 <= self.label_smoothing < 1,
-                "a share from 0 to below 1",
-            ),
-            ("weight_decay", self.weight_decay >= 0, "a factor of at least 0"),
-            ("ema_decay", 0 <= self.ema_decay < 1, "a decay from 0 to below 1"),
-            ("precision", self.precision in PRECISIONS, " or ".join(PRECISIONS)),
-            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a norm above 0, or None"),
-            ("accumulation_steps", self.accumulation_steps >= 1, "an integer of at least 1"),
-            ("max_rollbacks", self.max_rollbacks >= 0, "an integer of at least 0"),
-            ("stall_seconds", self.stall_seconds > 0, "seconds above 0"),
-            ("keep_checkpoints", self.keep_checkpoints >= 1, "an integer of at least 1"),
-            ("seed", 0 <= self.seed < 2**32, "an integer from 0 to below 2^32"),
-            ("steps_per_call", self.steps_per_call >= 1, "an integer of at least 1"),
-        )
-        for name, fits, allowed in checks:
-            if not fits:
-                raise UsageError(f"Experiment.{name} takes {allowed}, not {getattr(self, name)!r}")
+        for names, fits, allowed in _CHECKS:
+            for name in names.split():
+                if (value := getattr(self, name)) is not None and not fits(value):
+                    raise UsageError(f"Experiment.{name} takes {allowed}, not {value!r}")
         for name in ("duration", "log_every", "evaluate_every", "checkpoint_every", "keep_every"):
             if (duration := getattr(self, name)) is not None:
                 amount, _ = check_duration(duration, f"Experiment.{name}")

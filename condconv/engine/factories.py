@@ -1,5 +1,6 @@
 """Factories as gin describes them, frozen: called later, they need nothing of gin's state."""
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -28,8 +29,11 @@ class Factory:
         """Calls the function."""
         named = inspect.signature(self._function).parameters
         taken = {*given, *list(named)[: len(positional)]}
-        bound = {name: _value(v) for name, v in self._arguments.items() if name not in taken}
-        return self._function(*positional, **bound, **given)
+        bound = {name: v for name, v in self._arguments.items() if name not in taken}
+        return self._function(*positional, **copy.deepcopy(bound), **given)
+
+    def __deepcopy__(self, memo: Any) -> "Factory":
+        return self
 
     def __repr__(self) -> str:
         return f"@{self.__name__}"
@@ -37,20 +41,12 @@ class Factory:
 
 @dataclasses.dataclass(frozen=True)
 class Called:
-    """What a config writes with (): the factory is called anew for each use."""
+    """What a config writes with (): the factory is called anew for each use, which is a copy."""
 
     factory: Factory
 
-
-def _value(argument: Any) -> Any:
-    """Returns an argument with all that is to be called in it called; containers are copied."""
-    if isinstance(argument, Called):
-        return argument.factory()
-    if isinstance(argument, list | tuple):
-        return type(argument)(_value(each) for each in argument)
-    if isinstance(argument, dict):
-        return {_value(key): _value(value) for key, value in argument.items()}
-    return argument
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.factory()
 
 
 def freeze(value: Any, bindings: Bindings, scopes: tuple[str, ...] = ()) -> Any:
@@ -63,7 +59,7 @@ def freeze(value: Any, bindings: Bindings, scopes: tuple[str, ...] = ()) -> Any:
     """
     if isinstance(value, gin.config.ConfigurableReference):
         if is_macro(value.configurable.selector):
-            return freeze(bindings["/".join(value.scopes), "gin.macro"]["value"], bindings)
+            return freeze(bindings["/".join(value.scopes), "gin.macro"]["value"], bindings, scopes)
         inner = tuple(value.scopes) or scopes
         selector = value.configurable.selector
         arguments = dict(_bound(selector, bindings, inner))
