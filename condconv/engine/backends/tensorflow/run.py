@@ -105,10 +105,7 @@ class Run:
 
     @functools.cached_property
     def _compiled(self) -> Any:
-        def several(*arguments: Any) -> Any:
-            return step.several(self, *arguments)
-
-        return tf.function(several)
+        return tf.function(functools.partial(step.several, self))
 
     def is_waiting(self) -> bool:
         """Returns whether the step under way is waiting for its batch."""

@@ -4,6 +4,7 @@ The loss of k replicas is the loss of one with k times the batch: gradients are 
 step, and are the same on every replica before they are clipped and applied.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -133,9 +134,7 @@ def _divisor(run: "Run", batches: list[Tensors], context: tf.distribute.ReplicaC
 
 
 def _compiled(run: "Run") -> Callable[..., tuple[Tensors, list[tf.Tensor]]]:
-    def part_of(*arguments: Any) -> tuple[Tensors, list[tf.Tensor]]:
-        return _part(run, *arguments)
-
+    part_of = functools.partial(_part, run)
     return tf.function(part_of, jit_compile=True) if run.experiment.xla else part_of
 
 
