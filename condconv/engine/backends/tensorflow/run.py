@@ -1,7 +1,6 @@
 """A run on TensorFlow: network, optimizer, averages, and all of their state."""
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -24,43 +23,11 @@ from condconv.engine.experiment import (
     check_images_fit,
 )
 from condconv.engine.optimization import HandedRate, batch_normalizations, build_optimizer
-from condconv.engine.schedules import Clock, Schedule
-from condconv.engine.tasks import Data, Task
+from condconv.engine.tasks import Data
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """An experiment that has been built and can be stepped; see ``backends.Run``.
-
-    Attributes:
-        rate: what the optimizer learns at.
-        average: of the weights, or None.
-        scale: of float16's loss, or None.
-        waiting: whether the step under way is waiting for its batch.
-    """
-
-    experiment: Experiment
-    data: Data
-    task: Task
-    devices: Devices
-    clock: Clock
-    schedule: Schedule
-    model: keras.Model
-    optimizer: keras.optimizers.Optimizer
-    rate: HandedRate
-    average: updates.MovingAverage | None
-    scale: updates.LossScale | None
-    waiting: tf.Variable
-
-    @property
-    def strategy(self) -> tf.distribute.Strategy:
-        """Where it computes."""
-        return self.devices.strategy
-
-    @property
-    def precise(self) -> tf.DType:
-        """What losses and their sums are computed in."""
-        return tf.float64 if self.experiment.precision == "float64" else tf.float32
+class Run(step.Built):
+    """An experiment that can be stepped; see ``backends.Run``."""
 
     def batches(self, start: int) -> Iterator[Any]:
         """Returns the distributed training batches from step ``start`` of the data on."""

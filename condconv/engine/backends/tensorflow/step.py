@@ -4,18 +4,21 @@ The loss of k replicas is the loss of one with k times the batch: gradients are 
 step, and are the same on every replica before they are clipped and applied.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import keras
 import tensorflow as tf
 
 from condconv.engine.backends.tensorflow import updates
-from condconv.engine.optimization import batch_normalizations, decayed_variables
+from condconv.engine.backends.tensorflow.strategy import Devices
+from condconv.engine.experiment import Experiment
+from condconv.engine.optimization import HandedRate, batch_normalizations, decayed_variables
+from condconv.engine.schedules import Clock, Schedule
+from condconv.engine.tasks import Data, Task
 from condconv.stochastic import seed_scope
-
-if TYPE_CHECKING:
-    from condconv.engine.backends.tensorflow.run import Run
 
 Tensors = dict[str, tf.Tensor]
 
@@ -23,8 +26,43 @@ _DROPOUT = 1  # what a seed is folded with, so that no two uses of it draw alike
 GOOD = -1  # where no step was bad
 
 
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """An experiment that has been built; see ``backends.Run``.
+
+    Attributes:
+        rate: what the optimizer learns at.
+        average: of the weights, or None.
+        scale: of float16's loss, or None.
+        waiting: whether the step under way is waiting for its batch.
+    """
+
+    experiment: Experiment
+    data: Data
+    task: Task
+    devices: Devices
+    clock: Clock
+    schedule: Schedule
+    model: keras.Model
+    optimizer: keras.optimizers.Optimizer
+    rate: HandedRate
+    average: updates.MovingAverage | None
+    scale: updates.LossScale | None
+    waiting: tf.Variable
+
+    @property
+    def strategy(self) -> tf.distribute.Strategy:
+        """Where it computes."""
+        return self.devices.strategy
+
+    @property
+    def precise(self) -> tf.DType:
+        """What losses and their sums are computed in."""
+        return tf.float64 if self.experiment.precision == "float64" else tf.float32
+
+
 def several(
-    run: "Run",
+    run: Built,
     batches: Any,
     first: tf.Tensor,
     rates: tf.Tensor,
@@ -58,7 +96,7 @@ def several(
     return {**sums, "seconds_waited": waited}, bad, stops
 
 
-def _next(run: "Run", batches: Any, after: tf.Tensor) -> tuple[Any, tf.Tensor]:
+def _next(run: Built, batches: Any, after: tf.Tensor) -> tuple[Any, tf.Tensor]:
     """Returns a batch and the seconds it took to come, once ``after`` was known."""
     with tf.control_dependencies([after]):
         asked = tf.timestamp()
@@ -79,7 +117,7 @@ def _in_place(tensor: tf.Tensor) -> tf.Tensor:
 
 
 def _on_replica(
-    run: "Run", batch: Tensors, data_step: tf.Tensor, stop: tf.Tensor
+    run: Built, batch: Tensors, data_step: tf.Tensor, stop: tf.Tensor
 ) -> tuple[Tensors, list[tf.Tensor]]:
     """Takes a step on one replica; returns its parts of the sums.
 
@@ -125,7 +163,7 @@ def _split(batch: Tensors, count: int) -> list[Tensors]:
     return [{name: columns[name][number] for name in columns} for number in range(count)]
 
 
-def _divisor(run: "Run", batches: list[Tensors], context: tf.distribute.ReplicaContext) -> Any:
+def _divisor(run: Built, batches: list[Tensors], context: tf.distribute.ReplicaContext) -> Any:
     """Returns what the loss of the whole batch is divided by, over replicas and parts."""
     if run.task.divisor is None:
         return run.experiment.batch_size
@@ -133,13 +171,13 @@ def _divisor(run: "Run", batches: list[Tensors], context: tf.distribute.ReplicaC
     return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.add_n(shares))
 
 
-def _compiled(run: "Run") -> Callable[..., tuple[Tensors, list[tf.Tensor]]]:
+def _compiled(run: Built) -> Callable[..., tuple[Tensors, list[tf.Tensor]]]:
     part_of = functools.partial(_part, run)
     return tf.function(part_of, jit_compile=True) if run.experiment.xla else part_of
 
 
 def _part(
-    run: "Run", batch: Tensors, seed: tf.Tensor, divisor: Any, scale: tf.Tensor
+    run: Built, batch: Tensors, seed: tf.Tensor, divisor: Any, scale: tf.Tensor
 ) -> tuple[Tensors, list[tf.Tensor]]:
     """Returns sums over some examples of one replica, and their gradients times ``scale``."""
     experiment, model = run.experiment, run.model
@@ -147,7 +185,7 @@ def _part(
     with tf.GradientTape() as tape, seed_scope(seed):
         outputs = model(batch["image"], training=True)
         outputs = tf.nest.map_structure(lambda x: tf.cast(x, run.precise), outputs)
-        loss, told = run.task.loss(outputs, batch)
+        loss, sums = run.task.loss(outputs, batch)
         # Gradients are summed over replicas and parts, so each contributes its share of the whole.
         objective = loss / divisor
         if experiment.weight_decay:
@@ -159,10 +197,10 @@ def _part(
     zero = tf.UnconnectedGradients.ZERO
     gradients = tape.gradient(scaled, variables, unconnected_gradients=zero)
     examples = tf.cast(tf.shape(batch["image"])[0], run.precise)
-    return {**told, "examples": examples, "objective": objective * experiment.batch_size}, gradients
+    return {**sums, "examples": examples, "objective": objective * experiment.batch_size}, gradients
 
 
-def _totals(run: "Run", parts: Tensors) -> Tensors:
+def _totals(run: Built, parts: Tensors) -> Tensors:
     totals = {
         name: run.strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None)
         for name, part in parts.items()
@@ -172,7 +210,7 @@ def _totals(run: "Run", parts: Tensors) -> Tensors:
 
 
 def _scaled_back(
-    run: "Run", totals: Tensors, gradients: list[tf.Tensor]
+    run: Built, totals: Tensors, gradients: list[tf.Tensor]
 ) -> tuple[Tensors, tf.Tensor]:
     """Applies gradients that were scaled, if they are numbers; else tries a smaller scale.
 
@@ -195,7 +233,7 @@ def _scaled_back(
     return totals | {"gradient_norm": tf.where(final, norm, applied)}, final
 
 
-def _agree_on_statistics(run: "Run", context: tf.distribute.ReplicaContext) -> None:
+def _agree_on_statistics(run: Built, context: tf.distribute.ReplicaContext) -> None:
     """Gives all replicas the mean of their batch-norm statistics.
 
     Those of one alone would be saved otherwise, and a resumed run would not be the same.
