@@ -238,13 +238,14 @@ def _agree_on_statistics(run: Built, context: tf.distribute.ReplicaContext) -> N
 
     Those of one alone would be saved otherwise, and a resumed run would not be the same.
     """
-    if run.strategy.num_replicas_in_sync == 1 or run.experiment.synchronized_batch_norm:
-        return
+    apart = run.strategy.num_replicas_in_sync > 1 and not run.experiment.synchronized_batch_norm
     statistics = [
         variable
         for layer in batch_normalizations(run.model)
         for variable in (layer.moving_mean, layer.moving_variance)
     ]
+    if not (apart and statistics):
+        return
     values = [tf.identity(variable.value) for variable in statistics]
     means = context.all_reduce(tf.distribute.ReduceOp.MEAN, values)
     for variable, mean in zip(statistics, means, strict=True):
