@@ -1,6 +1,5 @@
 """Measures how fast things are, against what else does the same, alternated in one run.
 
-python scripts/benchmark.py --mode=train --model=efficientnet_b0 --against=official_loop
 python scripts/benchmark.py --mode=train --model=efficientnet_b0 --against_checkout=../before
 """
 
@@ -47,8 +46,9 @@ def main(_: list[str]) -> None:
     from condconv.tools.benchmarks import input_pipeline, networks
 
     if _MODE.value == "input":
-        config = (_GIN_FILE.value, _GIN_PARAM.value, _BATCH_SIZE.value or 128)
-        result = input_pipeline.measure(*config, _ROUNDS.value or 7, _RATE.value, command.tell)
+        how = (_BATCH_SIZE.value or 128, _ROUNDS.value or 7, _RATE.value, command.tell)
+        where = (_GIN_FILE.value, _GIN_PARAM.value)
+        result = input_pipeline.measure(*where, *how, "data.throughput", "data.pil")
     else:
         result = networks.measure(_comparison(), _ROUNDS.value or 15, command.tell)
     tables.show_measured(result, _JSON.value)

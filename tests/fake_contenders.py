@@ -3,10 +3,11 @@
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 
-from condconv.engine.errors import UsageError
-from condconv.tools.benchmarks.worker import Made, steps
+from contenders.worker import Made, Refusal, steps  # as it is called where these are made
 
 
 def good(images=3, log=None, name=""):
@@ -15,12 +16,26 @@ def good(images=3, log=None, name=""):
             with open(log, "a") as lines:
                 print(name, file=lines)
 
-    return Made({"steps": steps(step, images, 0.0)}, lambda: {"told": [images]})
+    return Made({"steps": steps(step, images, 0.0)}, lambda: {"counted": [images]})
 
 
 def surroundings(variables):
     found = {name: os.environ.get(name) for name in variables}
-    return Made(good().rounds, lambda: found | {"cores": sorted(os.sched_getaffinity(0))})
+    found |= {"path": sys.path[:2], "cores": sorted(os.sched_getaffinity(0))}
+    return Made(good().rounds, lambda: found)
+
+
+def timed_by_itself():
+    """Two images in each of its own seconds."""
+    now = [0.0]
+
+    def begin():
+        yield 0
+        for _ in range(3):
+            now[0] += 1.0
+            yield 2
+
+    return Made({"steps": begin}, clock=lambda: now[0])
 
 
 def fails():
@@ -32,7 +47,7 @@ def fails_as_keras_does():
 
 
 def refuses():
-    raise UsageError("cannot be")
+    raise Refusal("cannot be\n  because")
 
 
 def lacks_a_module():
@@ -56,8 +71,12 @@ def exits():
 
 
 def hangs(pid_file):
+    """Waits for ever, as does what it has started; writes all pids, its parent's first."""
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+    child.send_signal(signal.SIGSTOP)
+
     def step():
-        pathlib.Path(pid_file).write_text(str(os.getpid()))
+        pathlib.Path(pid_file).write_text(f"{os.getppid()} {os.getpid()} {child.pid}\n")
         time.sleep(600)
 
     return {"steps": steps(step, 1, 0.0)}

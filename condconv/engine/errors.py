@@ -17,7 +17,10 @@ class RunError(Exception):
     exit_code = 1
 
 
-_AROUND = ("Graph execution error", "Detected at node", "<stack traces", " ", "\t", "[[")
+_AROUND = (
+    *("Exception encountered when calling", "Graph execution error", "Detected at node"),
+    *("<stack traces", " ", "\t", "[["),
+)
 
 
 def gist(error: BaseException) -> str:
@@ -27,7 +30,8 @@ def gist(error: BaseException) -> str:
     traced code; what the file system says has the path in it, which is known to whoever asks.
     """
     said = getattr(error, "strerror", None) or getattr(error, "message", None) or str(error)
-    said = re.sub(r"{{.*?}}|\[Op:.*", "", said.split("Exception encountered: ")[-1])
+    said = said.split("Exception encountered: ")[-1]
+    said = re.sub(r"{{.*?}}|\[Op:.*|\x1b\[\d*m", "", said)  # nodes, operations, bold type
     lines = [line for line in said.splitlines() if line.strip()]
     if not lines:
         return repr(error)

@@ -154,6 +154,9 @@ class Backend(Protocol):
             UsageError: if the config asks for what cannot be.
         """
 
+    def prepare(self, optimizer: keras.optimizers.Optimizer) -> None:
+        """Has an optimizer of ours step in one operation, where the framework has it."""
+
 
 def choose() -> Backend:
     """Returns the engine on Keras' own backend.

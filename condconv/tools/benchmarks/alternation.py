@@ -10,9 +10,9 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,9 +32,8 @@ _PACKAGES = str(pathlib.Path(__file__).parent)
 
 # As ``command.keep_freed_memory`` has it, so that it holds from the start and for any interpreter.
 _MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20)}
-_OUT_OF_MEMORY = (
-    *("out of memory", "oom when", "allocate memory", "resource exhausted"),
-    *("memoryerror", "resourceexhaustederror"),
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|oom when|allocate memory|resource ?exhausted|memoryerror"
 )
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -124,9 +123,9 @@ def _started(
     return workers
 
 
-def ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """Returns the median of the ratios round by round."""
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """Returns round by round how often one rate is the other: how much longer that one takes."""
+    return [a / b for a, b in zip(over, under, strict=True)]
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
@@ -186,9 +185,8 @@ class _Worker:
             raise RunError(f"{self._name}: {self._death()}") from None
         if kind == "done":
             return answer
-        raise (UsageError if kind == "refused" else RunError)(
-            f"{self._name}: {_reason(kind, *answer)}"
-        )
+        kinds = {"refused": UsageError, "failed": RunError}
+        raise kinds[kind](f"{self._name}: {_reason(kind, *answer)}")
 
     def _end(self) -> None:
         """Ends the process, and what it has started."""
@@ -207,7 +205,7 @@ class _Worker:
 
 def _reason(kind: str, error: str, said: str) -> str:
     """Returns in one line why a contender has failed, or refuses."""
-    if any(words in f"{error}: {said}".lower() for words in _OUT_OF_MEMORY):
+    if _OUT_OF_MEMORY.search(f"{error}: {said}".lower()):
         return "out of memory: take a smaller --batch_size or --image_size"
     line = gist(Exception(said)) if said else ""
     return line if kind == "refused" else f"{error}: {line}"
@@ -236,6 +234,5 @@ def _environment(contender: Contender) -> dict[str, str]:
     """Returns all variables; another interpreter sees no packages of this one's."""
     threads = dict.fromkeys(_THREADS, str(contender.cores))
     settings = {**_MALLOC, **threads, "TF_CPP_MIN_LOG_LEVEL": "3", **contender.environment}
-    foreign = contender.python is not None
-    ours = {name: v for name, v in os.environ.items() if not (foreign and name == "PYTHONPATH")}
-    return ours | settings
+    hidden = {"PYTHONPATH"} if contender.python else set()
+    return {name: os.environ[name] for name in os.environ.keys() - hidden} | settings

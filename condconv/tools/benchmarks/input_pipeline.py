@@ -9,7 +9,7 @@ from typing import Any
 from condconv.engine import config
 from condconv.engine.errors import UsageError
 from condconv.engine.experiment import build_data
-from condconv.tools.benchmarks.alternation import Contender, alternate, ratio
+from condconv.tools.benchmarks.alternation import Contender, alternate, ratios
 
 _HERE = "condconv.tools.benchmarks.input_pipeline:of_config"
 
@@ -31,8 +31,8 @@ def measure(
     count: int,
     accelerator_rate: float,
     tell: Callable[[str], None],
-    ours: str = "data.throughput",
-    pil: str = "data.pil",
+    ours: str,
+    pil: str,
 ) -> dict[str, Any]:
     """Measures the input that a config describes.
 
@@ -101,11 +101,15 @@ def _compared(one: dict[str, list[float]], two: dict[str, list[float]]) -> list[
         {
             "on one core": name,
             "images_per_second": round(statistics.median(each)),
-            "over_pil": round(ratio(each, base), 2),
-            "two_cores_over_one": round(ratio(two[name], each), 2) if name in two else None,
+            "over_pil": _ratio(each, base),
+            "two_cores_over_one": _ratio(two[name], each) if name in two else None,
         }
         for name, each in one.items()
     ]
+
+
+def _ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    return round(statistics.median(ratios(over, under)), 2)
 
 
 def _conclusions(stages: list[dict[str, Any]], accelerator_rate: float) -> list[str]:

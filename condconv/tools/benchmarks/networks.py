@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from condconv.tools.benchmarks.alternation import Measured, alternate, interval
+from condconv.tools.benchmarks.alternation import Measured, alternate, interval, ratios
 from condconv.tools.benchmarks.comparison import CHECKOUTS, MEMORY, TIMM_LAYOUTS, Comparison
 from condconv.tools.benchmarks.roofline import roofline, traffic
 
@@ -58,14 +58,9 @@ def measure(comparison: Comparison, rounds: int, tell: Callable[[str], None]) ->
     }
 
 
-def _times(over: Sequence[float], under: Sequence[float]) -> list[float]:
-    """Returns how many times as long one took as the other, round by round, from their rates."""
-    return [b / a for a, b in zip(over, under, strict=True)]
-
-
 def _row(name: str, it: Measured, ours: Measured, batch_size: int) -> dict[str, Any]:
     rates = it.rates["steps"]
-    times = _times(ours.rates["steps"], rates)
+    times = ratios(rates, ours.rates["steps"])
     first = it.report["seconds_to_first_step"]
     return {
         "contender": name,
@@ -96,14 +91,12 @@ def _between(ends: tuple[float, float] | None) -> str | None:
 def _comparisons(rates: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     """Returns the first over each other, and what else is told."""
     first, *others = rates
-    pairs = [(first, name) for name in others]
-    pairs += [pair for pair in _ALSO if rates.keys() >= set(pair)]
-    found = []
-    for over, under in pairs:
-        times = _times(rates[over], rates[under])
-        ratio = {"ratio": statistics.median(times), "interval": interval(times)}
-        found.append({"over": over, "under": under} | ratio)
-    return found
+    pairs = [*((first, name) for name in others), *(p for p in _ALSO if rates.keys() >= set(p))]
+    times = {(over, under): ratios(rates[under], rates[over]) for over, under in pairs}
+    return [
+        {"over": o, "under": u, "ratio": statistics.median(each), "interval": interval(each)}
+        for (o, u), each in times.items()
+    ]
 
 
 def _compared(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -136,7 +129,7 @@ def _roofline(
         comparison.batch_size / statistics.median(rates["static"]),
         ours["multiply_adds"] / static["multiply_adds"],
     )
-    measured = statistics.median(_times(rates["ours"], rates["static"]))
+    measured = statistics.median(ratios(rates["static"], rates["ours"]))
     over = {"measured": measured, "measured_over_bound": measured / line["bound"]}
     return {"moved": moved} | line | over
 

@@ -2,5 +2,6 @@
 
 from condconv.engine.backends.tensorflow.run import build
 from condconv.engine.backends.tensorflow.strategy import connect
+from condconv.engine.backends.tensorflow.updates import prepare
 
-__all__ = ["build", "connect"]
+__all__ = ["build", "connect", "prepare"]

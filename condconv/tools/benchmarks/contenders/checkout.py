@@ -58,22 +58,28 @@ def training(
         workload: the fields of a ``Workload``.
         folder: new, for the config and the run.
     """
-    bindings = [f"{model}.{name} = {value!r}" for name, value in arguments.items()]
-    config = _CONFIG.format(model=model, **workload) + "\n".join(bindings)
+    config = config_of(model, arguments, workload)
     run = _Run(config, pathlib.Path(folder), Workload(**workload))
-    return Made({"steps": run.round}, run.facts, run.seconds)
+    return Made({"steps": run.round}, run.facts, lambda: run.seconds)
+
+
+def config_of(model: str, arguments: Mapping[str, Any], workload: Mapping[str, Any]) -> str:
+    """Returns a config of made-up photographs, which are there without a download."""
+    bindings = [f"{model}.{name} = {value!r}" for name, value in arguments.items()]
+    return _CONFIG.format(model=model, **workload) + "\n".join(bindings) + "\n"
 
 
 class _Run:
-    """A run of ``train.py``, and the seconds that its steps took.
+    """A run of ``train.py``.
 
-    Steps are timed by the run itself. The one in which it was stopped is left out.
+    Attributes:
+        seconds: that its steps took, by its own clock, without those in which it was stopped.
     """
 
     def __init__(self, config: str, folder: pathlib.Path, work: Workload):
         folder.mkdir()
         (folder / "train.gin").write_text(config)
-        self._work, self._said, self._seconds = work, folder / "said", 0.0
+        self._work, self._said, self.seconds = work, folder / "said", 0.0
         flags = [f"--gin_file={folder / 'train.gin'}", f"--workdir={folder / 'run'}"]
         with self._said.open("wb") as said:
             self._process = subprocess.Popen(
@@ -85,10 +91,6 @@ class _Run:
         self._lines = metrics.open("rb")
         self._stopped = time.monotonic()
 
-    def seconds(self) -> float:
-        """Returns how long the steps of all rounds took."""
-        return self._seconds
-
     def round(self) -> Iterator[int]:
         """Lets the run go on; yields the images of each step that began and ended in this round."""
         away = time.monotonic() - self._stopped
@@ -98,11 +100,11 @@ class _Run:
             # What is logged first may have been taken before the run was stopped.
             any(self._step() > 0.9 * away for _ in range(3))
             yield 0
-            end = self._seconds + self._work.seconds
+            end = self.seconds + self._work.seconds
             while True:
-                self._seconds += self._step()
+                self.seconds += self._step()
                 yield self._work.batch_size
-                if self._seconds >= end:
+                if self.seconds >= end:
                     return
         finally:
             self._process.send_signal(signal.SIGSTOP)

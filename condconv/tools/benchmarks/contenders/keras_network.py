@@ -87,14 +87,14 @@ def inference_step(model: keras.Model, work: Workload) -> Step:
 
 def training_step(model: keras.Model, work: Workload) -> Step:
     """Returns a function that makes one step of training and fetches the loss."""
-    if keras.backend.backend() == "jax":
-        optimizer = keras.optimizers.SGD(work.learning_rate, momentum=work.momentum)
-        optimizer.build(model.trainable_variables)
-        return _jax_training(model, optimizer, work)
-    from condconv.engine.optimization import momentum  # that of train.py
+    from condconv.engine import backends
+    from condconv.engine.optimization import momentum
 
     optimizer = momentum(work.learning_rate, work.momentum)
     optimizer.build(model.trainable_variables)
+    if keras.backend.backend() == "jax":
+        return _jax_training(model, optimizer, work)
+    backends.choose().prepare(optimizer)  # as the engine has it
     return _tensorflow_training(model, optimizer, work)
 
 

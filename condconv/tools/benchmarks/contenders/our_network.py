@@ -8,10 +8,12 @@ import functools
 import importlib
 import itertools
 import math
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from condconv import CondConv2D, CondDense, DepthwiseCondConv2D, count_cost
 from condconv.stochastic import Dropout, StochasticDepth
@@ -58,9 +60,7 @@ def in_engine(create: str, arguments: Mapping[str, Any], workload: Mapping[str, 
         model=lambda num_classes: without_noise(build(create, arguments, work.precision)),
         data=lambda: InMemory(work),
         optimizer=functools.partial(momentum, momentum=work.momentum),
-        schedule=functools.partial(
-            constant, base_learning_rate=work.learning_rate, warmup="0 steps"
-        ),
+        schedule=constant,
         duration="1e9 steps",
         batch_size=work.batch_size,
         precision=work.precision,
@@ -68,10 +68,10 @@ def in_engine(create: str, arguments: Mapping[str, Any], workload: Mapping[str, 
     )
     run = backends.choose().build(experiment)
     batches, numbers = run.batches(0), itertools.count()
+    rates = np.full(1, work.learning_rate, np.float32)
 
     def step() -> float:
-        number = next(numbers)
-        return run.steps(batches, number, run.rates(number, 1)).sums["loss"]
+        return run.steps(batches, next(numbers), rates).sums["objective"]
 
     return Made({"steps": steps(step, work.batch_size, work.seconds)}, surroundings)
 
@@ -81,9 +81,9 @@ class InMemory:
     """Data to train on: the same batch over and over."""
 
     work: Workload
-    name: str = "random"
-    class_names: tuple[str, ...] = ()
-    answers: None = None
+    name = "random"
+    class_names = ()
+    answers = None
 
     @property
     def num_classes(self) -> int:
@@ -94,15 +94,10 @@ class InMemory:
         """Those of a batch."""
         return self.work.batch_size
 
-    def views_per_image(self, split: str) -> int:
-        """One."""
-        return 1
-
     def image_spec(self, split: str) -> Any:
         """Returns shape and dtype of an image."""
-        from condconv.engine.experiment import ImageSpec
-
-        return ImageSpec((self.work.image_size, self.work.image_size, 3), "uint8")
+        size = self.work.image_size
+        return types.SimpleNamespace(shape=(size, size, 3), dtype="uint8")
 
     def train_batches(self, split: str, **_: Any) -> Iterator[dict[str, Any]]:
         """Returns the batch, without end."""
