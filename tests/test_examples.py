@@ -10,14 +10,14 @@ import pytest
 
 from condconv.tools.exports.runtimes import open_network
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
 
 @pytest.mark.slow
 def test_a_network_of_ones_own_trains_saves_loads_and_exports(tmp_path):
     pytest.importorskip("tf2onnx")
     done = subprocess.run(
-        [sys.executable, EXAMPLES / "own_network.py", "--output=own", "--onnx"],
+        [sys.executable, DOCS / "own_network.py", "--output=own", "--onnx"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ def top1(folder: epath.Path, precision: str, seed: int) -> float:
     bindings = (*BINDINGS, f"Experiment.precision = '{precision}'", f"Experiment.seed = {seed}")
     experiment = config.load(["configs/digits_condconv.gin"], bindings)
     workdir = folder / f"{precision}_{seed}"
-    assert training.train(experiment, workdir) == 0
+    assert training.train(experiment, workdir).exit_code == 0
     return evaluation.evaluate_run(experiment, workdir)["top1"]
 
 
