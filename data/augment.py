@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import gin
 import tensorflow as tf
 
+from data.arguments import check
+
 FILLS = ("noise", "constant")
 
 # Mean and deviation of ImageNet's pixels, and the weights of red, green and blue in a grey
@@ -18,6 +20,7 @@ _GREY = (0.2989, 0.5870, 0.1140)
 
 _ATTEMPTS = 10
 _MOST = 1000  # of strengths and ratios, so that float32 does not overflow
+_TWO_RATIOS = f"two above 0 and up to {_MOST}, rising"
 
 _fold = tf.random.experimental.stateless_fold_in
 
@@ -52,21 +55,34 @@ def shift_and_rotate(
     cos, sin = tf.cos(angle), tf.sin(angle)
     y, x = (size[0] - 1) / 2, (size[1] - 1) / 2
     # Where each output pixel comes from: turned about the centre, then moved.
-    transform = [
-        cos, -sin, x - cos * x + sin * y + shift[1],
-        sin, cos, y - sin * x - cos * y + shift[0],
-        0.0, 0.0,
-    ]  # fmt: skip
+    across = (cos, -sin, x - cos * x + sin * y + shift[1])
+    down = (sin, cos, y - sin * x - cos * y + shift[0])
+    moved = projected(tf.cast(image, tf.float32)[None], (*across, *down), "BILINEAR")[0]
+    return _as_type(moved, tf.uint8)
+
+
+def projected(
+    images: tf.Tensor, rows: Sequence[tf.Tensor | float], interpolation: str, fill: float = 0.0
+) -> tf.Tensor:
+    """Looks up each output pixel (x, y) at (a·x + b·y + c, d·x + e·y + f).
+
+    Args:
+        images: (B, H, W, C).
+        rows: a to f, scalars, or (B,) each.
+        interpolation: "NEAREST" or "BILINEAR".
+        fill: what there is outside of an image.
+    """
+    zero = tf.zeros_like(rows[0])
+    transforms = tf.stack([tf.cast(value, tf.float32) for value in (*rows, zero, zero)], axis=-1)
     moved = tf.raw_ops.ImageProjectiveTransformV3(
-        images=tf.cast(image, tf.float32)[None],
-        transforms=tf.stack(transform)[None],
-        output_shape=tf.shape(image)[:2],
-        fill_value=0.0,
-        interpolation="BILINEAR",
+        images=images,
+        transforms=tf.reshape(transforms, (-1, 8)),
+        output_shape=tf.shape(images)[1:3],
+        fill_value=fill,
+        interpolation=interpolation,
         fill_mode="CONSTANT",
-    )[0]
-    moved = tf.cast(tf.clip_by_value(tf.round(moved), 0, 255), tf.uint8)
-    return tf.ensure_shape(moved, image.shape)
+    )
+    return tf.ensure_shape(moved, images.shape)
 
 
 def random_flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -117,7 +133,13 @@ def random_erasing(
     Raises:
         ValueError: for an image of another shape or type, or an argument out of range.
     """
-    check_erasing(probability, area, aspect_ratio, fill)
+    check(
+        "random_erasing.",
+        ("probability", probability, _within(probability, 0, 1), "a number from 0 to 1"),
+        ("area", area, _rising(area, 1), "two shares above 0 and up to 1, rising"),
+        ("aspect_ratio", aspect_ratio, _rising(aspect_ratio), _TWO_RATIOS),
+        ("fill", fill, fill in FILLS, f"one of {', '.join(FILLS)}"),
+    )
     image = _checked("random_erasing", image)
     happens = tf.random.stateless_uniform([], _fold(seed, 0)) < probability
 
@@ -128,20 +150,6 @@ def random_erasing(
 
     changed = tf.cond(happens, erased, lambda: tf.identity(image))
     return tf.ensure_shape(changed, image.shape)
-
-
-def check_erasing(
-    probability: float, area: tuple[float, float], aspect_ratio: tuple[float, float], fill: str
-) -> None:
-    """Raises a ValueError for what ``random_erasing`` does not take."""
-    ratios = f"two above 0 and up to {_MOST}, rising"
-    checks = (
-        ("probability", probability, _within(probability, 0, 1), "a number from 0 to 1"),
-        ("area", area, _rising(area, 1), "two shares above 0 and up to 1, rising"),
-        ("aspect_ratio", aspect_ratio, _rising(aspect_ratio), ratios),
-        ("fill", fill, fill in FILLS, f"one of {', '.join(FILLS)}"),
-    )
-    _check("random_erasing", checks)
 
 
 def _rectangle(
@@ -203,9 +211,13 @@ def color_jitter(
     Raises:
         ValueError: for an image of another shape or type, or an argument out of range.
     """
-    check_jitter(brightness, contrast, saturation, hue)
+    strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+    for name, value in strengths.items():
+        allowed = f"a number from 0 to {_MOST}"
+        check("color_jitter.", (name, value, _within(value, 0, _MOST), allowed))
+    check("color_jitter.", ("hue", hue, _within(hue, 0, 0.5), "a number of turns from 0 to 0.5"))
     image = _checked("color_jitter", image)
-    bounds = [(max(0.0, 1 - x), 1.0 + x) for x in (brightness, contrast, saturation)]
+    bounds = [(max(0.0, 1 - x), 1.0 + x) for x in strengths.values()]
     draws = tf.unstack(tf.random.stateless_uniform([4], _fold(seed, 0)))
     changes = [
         functools.partial(change, amount=low + draw * (high - low))
@@ -218,17 +230,6 @@ def color_jitter(
     return tf.ensure_shape(_as_type(changed, image.dtype), image.shape)
 
 
-def check_jitter(brightness: float, contrast: float, saturation: float, hue: float) -> None:
-    """Raises a ValueError for what ``color_jitter`` does not take."""
-    strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
-    checks = [
-        (name, value, _within(value, 0, _MOST), f"a number from 0 to {_MOST}")
-        for name, value in strengths.items()
-    ]
-    checks.append(("hue", hue, _within(hue, 0, 0.5), "a number of turns from 0 to 0.5"))
-    _check("color_jitter", checks)
-
-
 def _in_random_order(
     pixels: tf.Tensor, seed: tf.Tensor, changes: Sequence[Callable[[tf.Tensor], tf.Tensor]]
 ) -> tf.Tensor:
@@ -239,25 +240,17 @@ def _in_random_order(
     return pixels
 
 
-def _brighten(pixels: tf.Tensor, amount: tf.Tensor) -> tf.Tensor:
-    return pixels * amount
+def _faded(pixels: tf.Tensor, towards: tf.Tensor, amount: tf.Tensor) -> tf.Tensor:
+    return towards + amount * (pixels - towards)
 
 
-def _contrast(pixels: tf.Tensor, amount: tf.Tensor) -> tf.Tensor:
-    mean = tf.reduce_mean(_grey(pixels))
-    return mean + amount * (pixels - mean)
-
-
-def _saturate(pixels: tf.Tensor, amount: tf.Tensor) -> tf.Tensor:
-    grey = _grey(pixels)
-    return grey + amount * (pixels - grey)
-
-
-def _turn_hue(pixels: tf.Tensor, amount: tf.Tensor) -> tf.Tensor:
-    return tf.raw_ops.AdjustHue(images=pixels, delta=amount)
-
-
-_CHANGES = (_brighten, _contrast, _saturate, _turn_hue)
+# Of brightness, contrast, saturation and hue.
+_CHANGES: Sequence[Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = (
+    lambda pixels, amount: pixels * amount,
+    lambda pixels, amount: _faded(pixels, tf.reduce_mean(_grey(pixels)), amount),
+    lambda pixels, amount: _faded(pixels, _grey(pixels), amount),
+    lambda pixels, amount: tf.raw_ops.AdjustHue(images=pixels, delta=amount),
+)
 
 
 def _grey(pixels: tf.Tensor) -> tf.Tensor:
@@ -291,9 +284,3 @@ def _rising(pair: object, most: float = _MOST) -> bool:
     if not isinstance(pair, Sequence) or len(pair) != 2:
         return False
     return all(_within(value, 0, most) for value in pair) and 0 < pair[0] <= pair[1]
-
-
-def _check(function: str, checks: Sequence[tuple[str, object, bool, str]]) -> None:
-    for name, value, fits, allowed in checks:
-        if not fits:
-            raise ValueError(f"{function}.{name} takes {allowed}, not {value!r}")

@@ -20,6 +20,9 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from data.arguments import check
+from data.augment import projected
+
 VARIANTS = ("published", "corrected")
 
 _FILL = 128
@@ -197,17 +200,7 @@ def _blend(degenerate: tf.Tensor, image: tf.Tensor, factor: tf.Tensor) -> tf.Ten
 
 
 def _transform(image: tf.Tensor, rows: tuple) -> tf.Tensor:
-    """Looks up each output pixel (x, y) at (a·x + b·y + c, d·x + e·y + f), the nearest one."""
-    coefficients = tf.stack([tf.cast(value, tf.float32) for value in (*rows, 0.0, 0.0)])
-    moved = tf.raw_ops.ImageProjectiveTransformV3(
-        images=image[None],
-        transforms=coefficients[None],
-        output_shape=tf.shape(image)[:2],
-        fill_value=float(_FILL),
-        interpolation="NEAREST",
-        fill_mode="CONSTANT",
-    )[0]
-    return tf.ensure_shape(moved, image.shape)
+    return projected(image[None], rows, "NEAREST", _FILL)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,18 +224,14 @@ class Operation:
     variants: bool = False
 
 
-def _without_value(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[..., tf.Tensor]:
-    return lambda image, value: function(image)
-
-
 _Enhancement = functools.partial(Operation, scale=1.8, offset=0.1)
 _Geometric = functools.partial(Operation, signed=True)
 
 # In the order in which RandAugment draws from them.
 OPERATIONS = {
-    "AutoContrast": Operation(_without_value(autocontrast)),
-    "Equalize": Operation(_without_value(equalize)),
-    "Invert": Operation(_without_value(invert)),
+    "AutoContrast": Operation(lambda image, value: autocontrast(image)),
+    "Equalize": Operation(lambda image, value: equalize(image)),
+    "Invert": Operation(lambda image, value: invert(image)),
     "Rotate": _Geometric(rotate, scale=30.0),
     "Posterize": Operation(posterize, scale=4.0, whole=True, variants=True),
     "Solarize": Operation(solarize, scale=256.0, whole=True, variants=True),
@@ -260,11 +249,7 @@ OPERATIONS = {
 
 # Pixels at level 10 of the operations whose reach depends on the algorithm: AutoAugment's and
 # RandAugment's.
-_REACH = {
-    "TranslateX": (250.0, 100.0),
-    "TranslateY": (250.0, 100.0),
-    "Cutout": (100.0, 40.0),
-}
+_REACH = {"TranslateX": (250.0, 100.0), "TranslateY": (250.0, 100.0), "Cutout": (100.0, 40.0)}
 
 # Sub-policies of two operations, each with its probability and level.
 POLICY_V0 = (
@@ -318,9 +303,8 @@ def auto_augment(image: tf.Tensor, seed: tf.Tensor, variant: str = "published") 
         changed = image
         for place, (name, probability, level) in enumerate(POLICY_V0[index]):
             occurs, sign = draws[2 * place : 2 * place + 2]
-            change = functools.partial(
-                _apply, name, changed, level, sign, seed, variant, algorithm=0
-            )
+            arguments = (name, changed, level, sign, seed, variant)
+            change = functools.partial(_apply, *arguments, algorithm=0)
             unchanged = functools.partial(tf.identity, changed)
             changed = tf.cond(occurs + probability >= 1, change, unchanged)
         return changed
@@ -364,8 +348,7 @@ def rand_augment(
 
 
 def _check_variant(variant: str) -> None:
-    if variant not in VARIANTS:
-        raise ValueError(f"variant takes one of {', '.join(VARIANTS)}, not {variant!r}")
+    check("", ("variant", variant, variant in VARIANTS, f"one of {', '.join(VARIANTS)}"))
 
 
 def _apply(

@@ -60,10 +60,8 @@ class Broken:
                 f"{self._source}: {name} cannot be read ({reason}), and {self._limit} "
                 f"broken images are allowed: mend or remove it, or {self._cure}"
             )
-        _LOG.warning(
-            "%s: %s cannot be read (%s): broken image %d of %d allowed",
-            self._source, name, reason, len(self._named), self._limit,
-        )  # fmt: skip
+        skipped = "%s: %s cannot be read (%s): broken image %d of %d allowed"
+        _LOG.warning(skipped, self._source, name, reason, len(self._named), self._limit)
 
 
 def _failure(example: Callable[..., Example], row: tuple[tf.Tensor, ...]) -> str | None:

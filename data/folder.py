@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 from etils import epath
 
+from data.arguments import check
 from data.source import Example, Source, Split, indexed
 
 _ENDINGS = (".jpeg", ".jpg", ".png", ".gif", ".bmp")
@@ -75,14 +76,10 @@ def _images(folder: epath.Path) -> Iterable[str]:
 
 
 def _held_out(files: Sequence[str], train: str, percent: int) -> dict[str, list[str]]:
-    if not 0 < percent < 100:
-        raise ValueError(f"image_folder.minival_percent takes 0 to 99, not {percent}")
-    places = np.arange(len(files))
+    check("image_folder.", ("minival_percent", percent, 0 < percent < 100, "0 to 99"))
+    paths, places = np.array(files), np.arange(len(files))
     held = (places + 1) * percent // 100 > places * percent // 100
-    return {
-        train: [file for file, out in zip(files, held, strict=True) if not out],
-        "minival": [file for file, out in zip(files, held, strict=True) if out],
-    }
+    return {train: paths[~held].tolist(), "minival": paths[held].tolist()}
 
 
 def _split(root: epath.Path, files: Sequence[str], classes: Sequence[str]) -> Split:

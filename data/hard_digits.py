@@ -12,6 +12,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from data.augment import projected
 from data.digits import digits
 from data.preprocess import whole
 from data.source import Example, Source, Split, indexed
@@ -105,30 +106,17 @@ def _moved(shapes: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
         shapes: (1 + pieces, 32, 32, 1).
         drawn: (1 + pieces, 4) from 0 to 1: angle, side, and the place along both axes.
     """
-    bounds = tf.constant([_SIDE] + [_PIECE_SIDE] * _PIECES)
-    low, high = tf.unstack(bounds, axis=1)
+    low, high = tf.unstack(tf.constant([_SIDE] + [_PIECE_SIDE] * _PIECES), axis=1)
     side = low + drawn[:, 1] * (high - low)
     # The digit stays near the middle; pieces may hang over the edge.
     room = tf.concat([[_ROOM * (SIZE - side[0])], tf.fill([_PIECES], float(SIZE))], axis=0)
-    x, y = (SIZE - 1) / 2 + (drawn[:, 2] - 0.5) * room, (SIZE - 1) / 2 + (drawn[:, 3] - 0.5) * room
+    middle = (SIZE - 1) / 2
+    x, y = (middle + (drawn[:, axis] - 0.5) * room for axis in (2, 3))
     angle = drawn[:, 0] * (2 * math.pi)
     cos, sin = tf.cos(angle) * SIZE / side, tf.sin(angle) * SIZE / side
-    middle = (SIZE - 1) / 2
-    zero = tf.zeros_like(x)
     # Where each output pixel comes from.
-    transforms = [
-        cos, -sin, middle - cos * x + sin * y,
-        sin, cos, middle - sin * x - cos * y,
-        zero, zero,
-    ]  # fmt: skip
-    return tf.raw_ops.ImageProjectiveTransformV3(
-        images=shapes,
-        transforms=tf.stack(transforms, axis=1),
-        output_shape=[SIZE, SIZE],
-        fill_value=0.0,
-        interpolation="BILINEAR",
-        fill_mode="CONSTANT",
-    )
+    across, down = middle - cos * x + sin * y, middle - sin * x - cos * y
+    return projected(shapes, (cos, -sin, across, sin, cos, down), "BILINEAR")
 
 
 def _printed(ink: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:

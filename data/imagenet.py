@@ -1,14 +1,16 @@
 """ImageNet and the data sets that test its networks elsewhere, as TFDS prepares them."""
 
-from collections.abc import Callable, Collection, Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import gin
 import numpy as np
 import tensorflow as tf
 
-from data.class_names import imagenet_class_names
+from data.arguments import check
+from data.class_names import imagenet_class_names, imagenet_subset
 from data.ilsvrc2012 import IMAGES
-from data.imagenet_subsets import IMAGENET_A, IMAGENET_R
 from data.records import parser, prepared, sizes, splits, tfds_dataset
 from data.source import Source, Split
 from data.stand_in import photographs
@@ -34,7 +36,7 @@ def imagenet2012(
     """
     if stand_in:
         return _made_up("imagenet2012", sizes(IMAGES, minival_percent))
-    return _thousand_classes("imagenet2012", data_dir, minival_percent)
+    return _prepared("imagenet2012", data_dir, minival_percent)
 
 
 @gin.register(denylist=["stand_in"])
@@ -48,21 +50,15 @@ def imagenet_v2(
         data_dir: where TFDS prepared it.
         stand_in: see ``imagenet2012``.
     """
-    if variant not in V2_VARIANTS:
-        raise ValueError(
-            f"imagenet_v2.variant takes one of {', '.join(V2_VARIANTS)}, not {variant!r}"
-        )
-    if stand_in:
-        return _made_up("imagenet_v2", {"test": 10_000})
-    return _thousand_classes(f"imagenet_v2/{variant}", data_dir)
+    allowed = f"one of {', '.join(V2_VARIANTS)}"
+    check("imagenet_v2.", ("variant", variant, variant in V2_VARIANTS, allowed))
+    return _test_set(f"imagenet_v2/{variant}", data_dir, stand_in, 10_000)
 
 
 @gin.register(denylist=["stand_in"])
 def imagenet_sketch(data_dir: str | None = None, stand_in: bool = False) -> Source:
     """ImageNet-Sketch (Wang et al., arXiv:1905.13549): 50,889 drawings, the split "test"."""
-    if stand_in:
-        return _made_up("imagenet_sketch", {"test": 50_889})
-    return _thousand_classes("imagenet_sketch", data_dir)
+    return _test_set("imagenet_sketch", data_dir, stand_in, 50_889)
 
 
 @gin.register(denylist=["stand_in"])
@@ -71,9 +67,7 @@ def imagenet_a(data_dir: str | None = None, stand_in: bool = False) -> Source:
 
     Answers are chosen from its 200 classes.
     """
-    if stand_in:
-        return _made_up("imagenet_a", {"test": 7_500}, answers=IMAGENET_A)
-    return _among_its_own(_thousand_classes("imagenet_a", data_dir))
+    return _test_set("imagenet_a", data_dir, stand_in, 7_500, imagenet_subset("A"))
 
 
 @gin.register(denylist=["stand_in"])
@@ -82,9 +76,7 @@ def imagenet_r(data_dir: str | None = None, stand_in: bool = False) -> Source:
 
     Answers are chosen from its 200 classes.
     """
-    if stand_in:
-        return _made_up("imagenet_r", {"test": 30_000}, answers=IMAGENET_R)
-    return _among_its_own(_thousand_classes("imagenet_r", data_dir))
+    return _test_set("imagenet_r", data_dir, stand_in, 30_000, imagenet_subset("R"))
 
 
 @gin.register(denylist=["stand_in"])
@@ -106,11 +98,21 @@ def imagenet2012_real(data_dir: str | None = None, stand_in: bool = False) -> So
     return Source("imagenet2012_real", _CLASSES, splits(builder, parse), imagenet_class_names())
 
 
-def _made_up(name: str, images: Mapping[str, int], **more: Collection) -> Source:
+def _test_set(
+    name: str, data_dir: str | None, stand_in: bool, size: int, answers: Sequence[int] | None = None
+) -> Source:
+    """Returns a data set with the split "test" alone; ``answers`` if not all classes occur."""
+    if stand_in:
+        return _made_up(name.split("/")[0], {"test": size}, answers=answers)
+    source = _prepared(name, data_dir)
+    return _among_its_own(source) if answers else source
+
+
+def _made_up(name: str, images: Mapping[str, int], **more: Any) -> Source:
     return photographs(name, _CLASSES, images, class_names=imagenet_class_names(), **more)
 
 
-def _thousand_classes(name: str, data_dir: str | None, minival_percent: int = 0) -> Source:
+def _prepared(name: str, data_dir: str | None, minival_percent: int = 0) -> Source:
     found = tfds_dataset(name, data_dir, minival_percent)
     return Source(found.name, _CLASSES, found.splits, imagenet_class_names())
 
@@ -128,12 +130,13 @@ def _among_its_own(source: Source) -> Source:
             f"{source.name} has {_SOME_CLASSES} classes, but {len(labels)} occur in what is "
             "prepared: prepare all of it"
         )
-    return Source(source.name, _CLASSES, source.splits, source.class_names, labels)
+    return dataclasses.replace(source, answers=labels)
 
 
 def _labels(split: Split) -> list[int]:
     parts = np.arange(len(split.lengths))
     segments = tf.data.Dataset.from_tensor_slices((parts, 0 * parts, split.lengths))
-    only_label: Callable[..., tf.Tensor] = lambda payload, index: split.parse(payload)["label"]  # noqa: E731
-    labels = split.read(segments).map(only_label, num_parallel_calls=tf.data.AUTOTUNE)
+    labels = split.read(segments).map(
+        lambda payload, index: split.parse(payload)["label"], num_parallel_calls=tf.data.AUTOTUNE
+    )
     return sorted({int(label) for label in labels.as_numpy_iterator()})

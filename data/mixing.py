@@ -10,6 +10,8 @@ from collections.abc import Callable
 import gin
 import tensorflow as tf
 
+from data.arguments import check
+
 PAIRINGS = ("official", "standard")
 
 _fold = tf.random.experimental.stateless_fold_in
@@ -51,11 +53,7 @@ def mixup(
 
 @gin.register(denylist=["image", "label", "seed"])
 def cutmix(
-    image: tf.Tensor,
-    label: tf.Tensor,
-    seed: tf.Tensor,
-    alpha: float = 1.0,
-    group: int = 8,
+    image: tf.Tensor, label: tf.Tensor, seed: tf.Tensor, alpha: float = 1.0, group: int = 8
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Pastes a box of another image; labels count by area (Yun et al., arXiv:1905.04899).
 
@@ -71,7 +69,8 @@ def cutmix(
     _check(image, alpha, "standard", group)
     draws = _draws(seed, alpha)
     partner = _partners(draws, "standard", group)
-    inside = _boxes(_of_first(draws, group), image.shape[1], image.shape[2])
+    shared = {name: _of_first(values, group) for name, values in draws.items()}
+    inside = _boxes(shared, image.shape[1], image.shape[2])
     own = 1 - tf.reduce_mean(tf.cast(inside, tf.float32), axis=(1, 2))
     pasted = tf.where(inside[..., None], tf.gather(image, partner), image)
     return pasted, _blend(label, partner, own)
@@ -88,9 +87,8 @@ def mixup_or_cutmix(
     group: int = 8,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Mixes each group by Mixup (standard pairing) or, with probability ``switch``, by CutMix."""
-    if not 0 <= switch <= 1:
-        raise ValueError(f"mixup_or_cutmix.switch takes a probability, not {switch}")
-    first = _of_first({"seed": seed}, group)["seed"]
+    check("mixup_or_cutmix.", ("switch", switch, 0 <= switch <= 1, "a probability"))
+    first = _of_first(seed, group)
     cut = _each(first, lambda key: tf.random.stateless_uniform([], _fold(key, 7))) < switch
     image = tf.cast(image, tf.float32)
     mixed = mixup(image, label, seed, mixup_alpha, "standard", group)
@@ -103,14 +101,12 @@ def mixup_or_cutmix(
 
 def _check(image: tf.Tensor, alpha: float, pairing: str, group: int) -> None:
     batch = image.shape[0]
-    checks = (
+    check(
+        "mixing: ",
         ("alpha", alpha, alpha > 0, "a number above 0"),
         ("pairing", pairing, pairing in PAIRINGS, " or ".join(PAIRINGS)),
         ("group", group, group > 1 and batch % group == 0, f"a divisor of the batch of {batch}"),
     )
-    for name, value, fits, allowed in checks:
-        if not fits:
-            raise ValueError(f"mixing: {name} takes {allowed}, not {value!r}")
 
 
 def _each(seed: tf.Tensor, draw: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
@@ -118,7 +114,7 @@ def _each(seed: tf.Tensor, draw: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
 
 
 def _draws(seed: tf.Tensor, alpha: float) -> dict[str, tf.Tensor]:
-    """Returns for each example λ of Beta(alpha, alpha), a place to be sorted by, and a centre."""
+    """Returns (B,) each: λ of Beta(alpha, alpha), a place to be sorted by, and a centre."""
 
     def draw(key: tf.Tensor) -> tf.Tensor:
         gammas = tf.random.stateless_gamma([2], _fold(key, 8), alpha)
@@ -131,15 +127,15 @@ def _draws(seed: tf.Tensor, alpha: float) -> dict[str, tf.Tensor]:
     return {"share": drawn[:, 0], "place": drawn[:, 1], "y": drawn[:, 2], "x": drawn[:, 3]}
 
 
-def _of_first(values: dict[str, tf.Tensor], group: int) -> dict[str, tf.Tensor]:
+def _of_first(values: tf.Tensor, group: int) -> tf.Tensor:
     """Gives each example what the first of its group has."""
-    return {name: tf.repeat(value[::group], group, axis=0) for name, value in values.items()}
+    return tf.repeat(values[::group], group, axis=0)
 
 
 def _shares(draws: dict[str, tf.Tensor], pairing: str, group: int) -> tf.Tensor:
     if pairing == "official":
         return tf.maximum(draws["share"], 1 - draws["share"])
-    return _of_first(draws, group)["share"]
+    return _of_first(draws["share"], group)
 
 
 def _partners(draws: dict[str, tf.Tensor], pairing: str, group: int) -> tf.Tensor:

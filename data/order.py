@@ -126,12 +126,7 @@ class Order:
         return tf.data.Dataset.range(self.streams).interleave(stream, cycle_length=self.streams)
 
     def _stream(
-        self,
-        parts: tf.Tensor,
-        key: tf.Tensor,
-        first: tf.Tensor,
-        length: tf.Tensor,
-        done: tf.Tensor,
+        self, parts: tf.Tensor, key: tf.Tensor, first: tf.Tensor, length: tf.Tensor, done: tf.Tensor
     ) -> tf.data.Dataset:
         """Returns ``length`` examples from ``first`` on without the first ``done``, shuffled."""
         behind = first + length

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import gin
 import tensorflow as tf
 
+from data.arguments import check
 from data.broken import Broken
 from data.order import Order, in_order
 from data.preprocess import Preprocessing
@@ -44,7 +45,7 @@ class ImageSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Batches of a data set.
+    """Batches of a data set. What takes a split raises a ValueError if there is no such split.
 
     Attributes:
         source: of the examples.
@@ -82,28 +83,16 @@ class Pipeline:
         return self.source.class_names
 
     def num_examples(self, split: str) -> int:
-        """Returns how many examples ``split`` has.
-
-        Raises:
-            ValueError: if there is no such split.
-        """
+        """Returns how many examples ``split`` has."""
         return self._split(split).num_examples
 
     def image_spec(self, split: str) -> ImageSpec:
-        """Returns what the images of ``split`` are, as evaluation sees them.
-
-        Raises:
-            ValueError: if there is no such split.
-        """
+        """Returns what the images of ``split`` are, as evaluation sees them."""
         spec = self.eval_batches(split, batch_size=1).element_spec["image"]
         return ImageSpec(tuple(spec.shape[1:]), spec.dtype.name)
 
     def views_per_image(self, split: str) -> int:
-        """Returns how many examples of ``split`` in a row show the same image; see ``Split``.
-
-        Raises:
-            ValueError: if there is no such split.
-        """
+        """Returns how many examples of ``split`` in a row show the same image; see ``Split``."""
         return self._split(split).views_per_image
 
     def train_batches(
@@ -134,10 +123,8 @@ class Pipeline:
         order = Order(records, batch_size * num_shards, seed)
         if read := order.passed_over(start):
             epoch, step = divmod(start, order.steps)
-            _LOG.warning(
-                "%s: going on at step %d of %d in epoch %d, behind at most %d records",
-                self.name, step, order.steps, epoch, read,
-            )  # fmt: skip
+            going_on = "%s: going on at step %d of %d in epoch %d, behind at most %d records"
+            _LOG.warning(going_on, self.name, step, order.steps, epoch, read)
         broken = Broken(self.name, self.max_broken, "raise pipeline.max_broken")
         own, _ = tf.unstack(tf.random.experimental.stateless_fold_in([seed, _AUGMENTATION], 0))
         own = tf.cast(own, tf.int64)
@@ -174,12 +161,8 @@ class Pipeline:
         """
         records = self._split(split)
 
-        def example(payload: tf.Tensor, index: tf.Tensor) -> Tensors:
-            record = records.parse(payload)
-            image = self.preprocessing.evaluate(record["image"])
-            return {"image": image, "label": record["label"]}
-
-        return Order(records, batch_size, seed).batches(start, 0, 1).unbatch().map(example)
+        examples = Order(records, batch_size, seed).batches(start, 0, 1).unbatch()
+        return examples.map(lambda payload, index: self._evaluated(records.parse(payload)))
 
     def eval_batches(
         self, split: str, *, batch_size: int, shard: int = 0, num_shards: int = 1
@@ -202,24 +185,13 @@ class Pipeline:
         broken = Broken(self.name, limit, "set pipeline.broken_are_wrong = True")
 
         def example(payload: tf.Tensor, index: tf.Tensor) -> Tensors:
-            record = records.parse(payload)
-            image = self.preprocessing.evaluate(record["image"])
-            return {
-                "image": image,
-                "label": record["label"],
-                "index": index,
-                "readable": tf.constant(True),
-            }
+            return self._evaluated(records.parse(payload)) | {"index": index, "readable": True}
 
         def instead(columns: tuple[tf.Tensor, ...], whole: tf.data.Dataset) -> tf.data.Dataset:
             def blank(payload: tf.Tensor, index: tf.Tensor) -> Tensors:
-                image = whole.element_spec["image"]
-                return {
-                    "image": tf.zeros(image.shape, image.dtype),
-                    "label": records.parse(payload)["label"],
-                    "index": index,
-                    "readable": tf.constant(False),
-                }
+                image, label = whole.element_spec["image"], records.parse(payload)["label"]
+                black = tf.zeros(image.shape, image.dtype)
+                return {"image": black, "label": label, "index": index, "readable": False}
 
             found = broken.find(records.parse, example, columns)
             rows = tuple(tf.boolean_mask(column, found) for column in columns)
@@ -230,6 +202,9 @@ class Pipeline:
 
         batches = in_order(records, shard, num_shards, batch_size)
         return batches.flat_map(_as_written(batch)).prefetch(_AHEAD)
+
+    def _evaluated(self, record: Tensors) -> Tensors:
+        return {"image": self.preprocessing.evaluate(record["image"]), "label": record["label"]}
 
     def _mixed(self, batch: Tensors) -> Tensors:
         image, label = batch["image"], batch["label"]
@@ -267,8 +242,7 @@ def pipeline(
         ValueError: if ``max_broken`` is negative, the source does not take its arguments, or what
             is to stand in for it cannot be known.
     """
-    if max_broken < 0:
-        raise ValueError(f"pipeline.max_broken takes no negative number, not {max_broken}")
+    check("pipeline.", ("max_broken", max_broken, max_broken >= 0, "no negative number"))
     opened = instead_of(source) if stand_in else source()
     return Pipeline(opened, preprocessing(), mixing, max_broken, broken_are_wrong)
 
@@ -284,8 +258,7 @@ def _batch(
     batch costs a millisecond or two; one for each example would cost a tenth of all the work.)
     """
     rows = tf.data.Dataset.from_tensor_slices(columns)
-    whole = rows.map(example, num_parallel_calls=_cores(), deterministic=True)
-    whole = whole.ignore_errors()
+    whole = rows.map(example, num_parallel_calls=_cores(), deterministic=True).ignore_errors()
     rest = tf.data.Dataset.from_tensors(columns).flat_map(lambda *columns: instead(columns, whole))
     size = columns[0].shape[0]
     return whole.concatenate(rest).take(size).batch(size, drop_remainder=True)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 import gin
 import tensorflow as tf
 
+from data.arguments import check
 from data.augment import random_flip
 
 RESIZES = ("legacy_bicubic", "legacy_bilinear", "bicubic", "bilinear")
-
 
 Augmentation = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
@@ -68,7 +68,16 @@ def crops(
         ValueError: if an argument is out of range.
     """
     check_resize(resize_method, antialias)
-    _check_crop(image_size, area, aspect_ratio, eval_padding)
+    ratios_rise = 0 < aspect_ratio[0] <= aspect_ratio[1]
+    padding_fits = eval_padding is None or eval_padding >= 0
+    shares = "two shares above 0, rising, up to 1"
+    check(
+        "crops.",
+        ("image_size", image_size, image_size >= 1, "at least 1 pixel"),
+        ("area", area, 0 < area[0] <= area[1] <= 1, shares),
+        ("aspect_ratio", aspect_ratio, ratios_rise, "two ratios, rising"),
+        ("eval_padding", eval_padding, padding_fits, "pixels, or None"),
+    )
 
     def decode(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         def choose(extent: tf.Tensor) -> tf.Tensor:
@@ -109,8 +118,7 @@ def whole(
         ValueError: if an argument is out of range.
     """
     check_resize(resize_method, antialias)
-    if image_size < 1:
-        raise ValueError(f"image_size takes at least 1 pixel, not {image_size}")
+    check("", ("image_size", image_size, image_size >= 1, "at least 1 pixel"))
 
     def evaluate(encoded: tf.Tensor) -> tf.Tensor:
         image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
@@ -134,32 +142,6 @@ def _augmenting(
         return image
 
     return {"augment": augment} if augmentations else {}
-
-
-def _check_crop(
-    size: int,
-    area: tuple[float, float],
-    aspect_ratio: tuple[float, float],
-    padding: int | None,
-) -> None:
-    checks = (
-        ("image_size", size, size >= 1, "at least 1 pixel"),
-        ("area", area, _rising(area) and area[1] <= 1, "two shares above 0, rising, up to 1"),
-        (
-            "aspect_ratio",
-            aspect_ratio,
-            0 < aspect_ratio[0] <= aspect_ratio[1],
-            "two ratios, rising",
-        ),
-        ("eval_padding", padding, padding is None or padding >= 0, "pixels, or None"),
-    )
-    for name, value, fits, allowed in checks:
-        if not fits:
-            raise ValueError(f"crops.{name} takes {allowed}, not {value!r}")
-
-
-def _rising(bounds: tuple[float, float]) -> bool:
-    return 0 < bounds[0] <= bounds[1]
 
 
 def pixels(image: tf.Tensor) -> tf.Tensor:
@@ -278,7 +260,6 @@ def resize(
 
 def check_resize(method: str, antialias: bool) -> None:
     """Raises a ValueError for what ``resize`` does not take."""
-    if method not in RESIZES:
-        raise ValueError(f"resize takes one of {', '.join(RESIZES)}, not {method!r}")
+    check("", ("resize", method, method in RESIZES, f"one of {', '.join(RESIZES)}"))
     if antialias and method.startswith("legacy_"):
         raise ValueError(f"resize {method!r} has no antialias: take 'bicubic' or 'bilinear'")

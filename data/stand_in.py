@@ -8,8 +8,8 @@ import tensorflow as tf
 
 from data.digits import digits
 from data.hard_digits import hard_digits
-from data.source import Example, Source, Split, indexed
-from data.synthetic import photograph, synthetic
+from data.source import Source, Split
+from data.synthetic import photograph, repeated, synthetic
 
 _ALWAYS_THERE = (digits, hard_digits, synthetic)  # so that nothing has to stand in for them
 _DISTINCT = 8  # photographs that are made; the examples repeat them
@@ -61,7 +61,7 @@ def photographs(
     """
     labels = range(num_classes) if answers is None else answers
     splits = {
-        split: _split(size, labels, num_classes if split in several else None)
+        split: repeated(_images(), size, labels, num_classes if split in several else None)
         for split, size in sizes.items()
     }
     return Source(name, num_classes, splits, class_names, answers)
@@ -72,10 +72,10 @@ def _opened(factory: Callable[..., Source]) -> Source:
         return factory()
     except ValueError as error:
         first, *_ = str(error).split("\n")  # gin adds lines of its own
-        raise ValueError(
-            "nothing can stand in for this data set, whose class count is not known without it: "
-            f"{first}"
-        ) from error
+        unknown = (
+            "nothing can stand in for this data set, whose class count is not known without it"
+        )
+        raise ValueError(f"{unknown}: {first}") from error
 
 
 def _has_several(split: Split) -> bool:
@@ -83,20 +83,6 @@ def _has_several(split: Split) -> bool:
     segments = tf.data.Dataset.from_tensors((tf.constant(0, tf.int64),) * 3)
     label = split.read(segments).map(lambda payload, _: split.parse(payload)["label"])
     return label.element_spec.shape.rank == 1
-
-
-def _split(size: int, labels: Sequence[int], depth: int | None) -> Split:
-    images, labels = tf.constant(_images()), tf.constant(labels, tf.int64)
-
-    def example(index: tf.Tensor) -> Example:
-        label = labels[index % len(labels)]
-        return {
-            "image": images[index % _DISTINCT],
-            "label": label if depth is None else tf.one_hot(label, depth, True, False),
-            "id": tf.strings.as_string(index),
-        }
-
-    return indexed(size, example)
 
 
 @functools.cache

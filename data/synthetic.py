@@ -1,9 +1,12 @@
 """Made-up photographs: for trying a config, and for timing without a data set."""
 
+from collections.abc import Sequence
+
 import gin
 import numpy as np
 import tensorflow as tf
 
+from data.arguments import check
 from data.source import Example, Source, Split, indexed
 
 _DISTINCT = 64  # images that are made; the examples repeat them
@@ -28,16 +31,13 @@ def synthetic(
     """
     arguments = {"num_examples": num_examples, "num_classes": num_classes}
     for name, value in {**arguments, "height": height, "width": width}.items():
-        if value < 1:
-            raise ValueError(f"synthetic.{name} takes at least 1, not {value}")
-    images = tf.constant([photograph(height, width, seed) for seed in range(_DISTINCT)])
+        check("synthetic.", (name, value, value >= 1, "at least 1"))
+    images = [photograph(height, width, seed) for seed in range(_DISTINCT)]
     few = -(-num_examples // 10)
     sizes = {"train": num_examples, "minival": few, "validation": few}
-    return Source(
-        name="synthetic",
-        num_classes=num_classes,
-        splits={name: _split(images, size, num_classes) for name, size in sizes.items()},
-    )
+    labels = range(num_classes)
+    splits = {name: repeated(images, size, labels) for name, size in sizes.items()}
+    return Source("synthetic", num_classes, splits)
 
 
 def photograph(height: int, width: int, seed: int) -> bytes:
@@ -52,12 +52,16 @@ def photograph(height: int, width: int, seed: int) -> bytes:
     return tf.io.encode_jpeg(pixels, quality=_QUALITY).numpy()
 
 
-def _split(images: tf.Tensor, num_examples: int, num_classes: int) -> Split:
+def repeated(
+    encoded: Sequence[bytes], num_examples: int, labels: Sequence[int], depth: int | None = None
+) -> Split:
+    """Returns a split of images and labels in turn; labels as (depth,) bool where it is given."""
+    images, labels = tf.constant(encoded), tf.constant(labels, tf.int64)
+
     def example(index: tf.Tensor) -> Example:
-        return {
-            "image": images[index % _DISTINCT],
-            "label": index % num_classes,
-            "id": tf.strings.as_string(index),
-        }
+        label = labels[index % len(labels)]
+        label = label if depth is None else tf.one_hot(label, depth, True, False)
+        image = images[index % len(images)]
+        return {"image": image, "label": label, "id": tf.strings.as_string(index)}
 
     return indexed(num_examples, example)

@@ -48,7 +48,7 @@ def stages(pipeline: Pipeline, split: str, batch_size: int) -> dict[str, Callabl
 
 def recipes(pipeline: Pipeline, split: str, batch_size: int) -> dict[str, Callable[[], Round]]:
     """Returns rounds of the usual crops of training, on the pipeline's own images, by name."""
-    size = _size(pipeline, split)
+    size = pipeline.image_spec(split).shape[0]
     ours = {
         name: dataclasses.replace(pipeline, preprocessing=crops(size, **arguments), mixing=None)
         for name, arguments in _RECIPES.items()
@@ -86,7 +86,7 @@ def inputs(pipeline: Pipeline, split: str, batch_size: int) -> dict[str, Any]:
     Args:
         pipeline, split, batch_size: that are measured.
     """
-    size, records = _size(pipeline, split), pipeline.source.splits[split]
+    size, records = pipeline.image_spec(split).shape[0], pipeline.source.splits[split]
     payloads = Order(records, batch_size, _SEED).batches(0, 0, 1).take(_BATCHES)
     encoded = [records.parse(p)["image"].numpy() for batch, _ in payloads for p in batch]
     return {
@@ -104,7 +104,3 @@ def _box(encoded: bytes, seed: int, size: int) -> tuple[int, int, int, int]:
     box = distorted_box(tf.constant([height, width]), tf.constant([seed, 0]), size)
     top, left, height, width = box.numpy().tolist()
     return left, top, left + width, top + height
-
-
-def _size(pipeline: Pipeline, split: str) -> int:
-    return pipeline.eval_batches(split, batch_size=1).element_spec["image"].shape[1]
