@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from test_sources import SYNSETS, features, labelled, picture, store
+from stored_records import SYNSETS, features, labelled, picture, store
 
 from condconv.engine import config
 from condconv.engine.errors import UsageError
 from data import imagenet, stand_in
-from data.folder import image_folder
 from data.class_names import imagenet_subset
+from data.folder import image_folder
 from data.pipeline import Pipeline, pipeline
 from data.preprocess import Preprocessing, whole
 from data.records import sizes, tfds_dataset
@@ -79,7 +79,9 @@ def test_it_equals_a_data_set_that_is_prepared(tmp_path, monkeypatch):
     assert facts(made_up) == facts(real)
 
 
-@pytest.mark.parametrize(("name", "answers"), [(letter, imagenet_subset(letter.upper())) for letter in "ar"])
+@pytest.mark.parametrize(
+    ("name", "answers"), [(letter, imagenet_subset(letter.upper())) for letter in "ar"]
+)
 def test_answers_equal_those_of_a_data_set_that_is_prepared(tmp_path, name, answers):
     records = [r | {"label": answers[i]} for i, r in enumerate(labelled(200))]
     folder = store(tmp_path, f"imagenet_{name}", "", features(SYNSETS), test=records)
