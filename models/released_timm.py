@@ -90,10 +90,6 @@ ARCHITECTURES = tuple(
     )
 )
 
-NAMES = {(each.model, each.num_experts): each.name for each in reversed(ARCHITECTURES)}
-"""timm's name of the network that is ours, by our name and its experts."""
-
-
 def architecture(model: str, num_experts: int, name: str | None = None) -> Architecture:
     """Returns timm's network of that name, or its first that is this network of ours.
 

@@ -20,7 +20,7 @@ _GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Binding over the config
 _RATE = flags.DEFINE_float("accelerator_rate", 3000, "Images/s that input feeds.", lower_bound=0)
 _NETWORK = (
     flags.DEFINE_string("model", "efficientnet_b0", "See scripts/list_models.py."),
-    flags.DEFINE_integer("num_experts", None, "0 for none; the paper's.", lower_bound=0),
+    flags.DEFINE_integer("num_experts", 8, "0 for none; the paper's.", lower_bound=0),
     flags.DEFINE_float("width", 1.0, "Multiplier of the filters.", lower_bound=0),
     flags.DEFINE_integer("image_size", 224, "Height and width.", lower_bound=1),
     flags.DEFINE_integer("num_classes", 1000, "Classes.", lower_bound=1),
@@ -55,19 +55,17 @@ def main(_: list[str]) -> None:
 
 
 def _comparison() -> object:
-    from condconv.engine.errors import UsageError
+    from condconv.engine.errors import UsageError, in_one_line
     from condconv.tools.benchmarks.comparison import Comparison
     from models import list_models, released_timm
-    from models.paper import PAPER
 
     given = {flag.name: flag.value for flag in _NETWORK}
     if (name := given["model"]) not in list_models():
         raise UsageError(f"--model={name}: known are {', '.join(list_models())}")
-    published = (row.num_experts for row in PAPER if row.model == name)
-    given["num_experts"] = max(published) if given["num_experts"] is None else given["num_experts"]
     given["batch_size"] = _BATCH_SIZE.value or {"infer": 1, "train": 16}[_MODE.value]
     if "timm" in (given["against"] or ()):
-        given["timm_name"] = released_timm.NAMES.get((name, given["num_experts"]))
+        with in_one_line(UsageError):  # which says what timm has
+            given["timm_name"] = released_timm.architecture(name, given["num_experts"]).name
     return Comparison(mode=_MODE.value, create="models:create_model", **given)
 
 
