@@ -90,6 +90,7 @@ ARCHITECTURES = tuple(
     )
 )
 
+
 def architecture(model: str, num_experts: int, name: str | None = None) -> Architecture:
     """Returns timm's network of that name, or its first that is this network of ours.
 

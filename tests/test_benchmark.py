@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from on_jax import HASTY
 from tiny_network import tiny
 
 from condconv.engine import config
@@ -326,6 +327,7 @@ TINY = {**SMALL, "create": "tiny_network:tiny", "model": "tiny"}
 )
 def test_networks_are_compared(given, names, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", TESTS)
+    monkeypatch.setenv("XLA_FLAGS", HASTY)
     said = []
     result = networks.measure(Comparison(**TINY, **given), 6, said.append)
     assert said[0] == f"Python: {sys.executable}"

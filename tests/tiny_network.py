@@ -32,7 +32,8 @@ class Tiny(Network):
     condconv_classifier: bool = True
 
 
-def tiny(width: float = 1.0, **changed) -> keras.Model:
-    """Returns the network, of the same weights each time."""
+def tiny(name: str = "tiny", width: float = 1.0, **changed) -> keras.Model:
+    """Returns the network, of the same weights each time; called as ``create_model`` too."""
+    assert name == Tiny.name
     keras.utils.set_random_seed(3)
     return Tiny(width=width, **changed).build()
